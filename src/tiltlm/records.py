@@ -1,0 +1,295 @@
+"""The records that cross folders. All are frozen; a stage that changes something returns a new record.
+
+Shapes use these letters: P prompts, B completions (all prompts together), L prompt tokens, T completion
+tokens. Log-probabilities are in nats. Rows of one prompt need not be neighbours: `prompt_index` says which
+prompt a row belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Message = Mapping[str, str]
+Text = str | tuple[Message, ...]
+"""A plain text, or a conversation as messages with `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model conditions on, and the data set's columns that rewards may ask for.
+
+    Attributes:
+        tokens: token ids, padded on either side.
+        mask: True where `tokens` holds a real token.
+        texts: each prompt as the user wrote it, a string or messages.
+        columns: further columns by name, one value a prompt.
+    """
+
+    tokens: Int[Tensor, "P L"]
+    mask: Bool[Tensor, "P L"]
+    texts: tuple[Text, ...]
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, index: Sequence[int]) -> Prompts:
+        """The prompts at `index`, in that order; repeats are allowed."""
+        rows = torch.as_tensor(index, dtype=torch.long)
+        return Prompts(
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            texts=tuple(self.texts[i] for i in index),
+            columns={name: tuple(values[i] for i in index) for name, values in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Completions and the log-probability of the law that produced them.
+
+    Attributes:
+        tokens: completion ids, right-padded.
+        mask: True on completion tokens, the ending EOS included.
+        ended: True where the completion ended by itself, False where it was cut at the law's
+            `max_new_tokens`. Both are outcomes.
+        prompt_index: the row of `prompts` that each completion continues.
+        log_q: log-probability of each token under the sampling law, 0 on padding.
+        texts: the completions as text, without special tokens.
+        sampler: identity of the sampler that drew them; lets a prior recognise its own draws.
+    """
+
+    prompts: Prompts
+    tokens: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    ended: Bool[Tensor, "B"]
+    prompt_index: Int[Tensor, "B"]
+    log_q: Float[Tensor, "B T"]
+    texts: tuple[str, ...]
+    sampler: str = ""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """Tokens in each completion, the EOS included."""
+        return self.mask.sum(-1)
+
+    @property
+    def log_prob(self) -> Float[Tensor, "B"]:
+        """Log-probability of each whole completion under the sampling law."""
+        return self.log_q.sum(-1)
+
+    def select(self, rows: Tensor) -> Draws:
+        """The completions at `rows` (indices or a boolean mask), of the same prompts."""
+        index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            mask=self.mask[index],
+            ended=self.ended[index],
+            prompt_index=self.prompt_index[index],
+            log_q=self.log_q[index],
+            texts=tuple(self.texts[i] for i in index.tolist()),
+        )
+
+    def among(self, prompts: Prompts, index: Sequence[int]) -> Draws:
+        """The same draws as draws for `prompts`, of which this record's prompts are the ones at `index`."""
+        return replace(self, prompts=prompts, prompt_index=torch.as_tensor(index)[self.prompt_index])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Draws]) -> Draws:
+        """Draws for the same prompts, one after the other; padded to the longest."""
+        width = max(part.tokens.shape[1] for part in parts)
+
+        def wide(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+        return replace(
+            parts[0],
+            tokens=torch.cat([wide(p.tokens) for p in parts]),
+            mask=torch.cat([wide(p.mask) for p in parts]),
+            ended=torch.cat([p.ended for p in parts]),
+            prompt_index=torch.cat([p.prompt_index for p in parts]),
+            log_q=torch.cat([wide(p.log_q) for p in parts]),
+            texts=tuple(text for p in parts for text in p.texts),
+            sampler=parts[0].sampler if len({p.sampler for p in parts}) == 1 else "",
+        )
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the evidence says of a batch of completions.
+
+    Attributes:
+        log: log-likelihood r / beta of each completion, in nats; NaN where `kept` is False.
+        rewards: the value of every part by name, in the part's own units.
+        kept: False for completions that the evidence could not judge and that the user chose to drop.
+    """
+
+    log: Float[Tensor, "B"]
+    rewards: Mapping[str, Float[Tensor, "B"]]
+    kept: Bool[Tensor, "B"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Draws with both factors of the target: log pi0(x|c) and the evidence r(x, c) / beta.
+
+    Attributes:
+        log_prior: log-probability of each token under the prior, 0 on padding.
+        log_evidence: log-likelihood of each completion.
+        rewards: the value of every part of the evidence by name.
+        dropped: completions that were drawn but left out because the evidence could not judge them.
+    """
+
+    draws: Draws
+    log_prior: Float[Tensor, "B T"]
+    log_evidence: Float[Tensor, "B"]
+    rewards: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    @property
+    def log_target(self) -> Float[Tensor, "B"]:
+        """log pi0(x|c) + r(x, c) / beta: the posterior up to log Z(c)."""
+        return self.log_prior.sum(-1) + self.log_evidence
+
+    @property
+    def log_weight(self) -> Float[Tensor, "B"]:
+        """Importance log-weight of each draw for the posterior, log pi0 + r / beta - log q."""
+        return self.log_target - self.draws.log_prob
+
+    def select(self, rows: Tensor) -> Scored:
+        """The scored completions at `rows` (indices or a boolean mask)."""
+        index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        return replace(
+            self,
+            draws=self.draws.select(index),
+            log_prior=self.log_prior[index],
+            log_evidence=self.log_evidence[index],
+            rewards={name: values[index] for name, values in self.rewards.items()},
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Scored]) -> Scored:
+        """Scored draws of the same prompts, one after the other."""
+        draws = Draws.concatenate([p.draws for p in parts])
+        width = draws.tokens.shape[1]
+        return Scored(
+            draws=draws,
+            log_prior=torch.cat(
+                [torch.nn.functional.pad(p.log_prior, (0, width - p.log_prior.shape[1])) for p in parts]
+            ),
+            log_evidence=torch.cat([p.log_evidence for p in parts]),
+            rewards={name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
+            dropped=sum(p.dropped for p in parts),
+        )
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A weighted sample: within a prompt, row i stands for the posterior in proportion to exp(log_w[i]).
+
+    A log-weight of -inf marks a row that the engine looked at and did not keep.
+
+    Attributes:
+        log_z: estimate of log Z for each prompt, where the engine has one.
+    """
+
+    scored: Scored
+    log_w: Float[Tensor, "B"]
+    log_z: tuple[Estimate, ...] | None = None
+
+    def kept(self) -> Weighted:
+        """Only the rows with positive weight."""
+        keep = self.log_w > -torch.inf
+        return Weighted(self.scored.select(keep), self.log_w[keep], self.log_z)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One pass of the policy over a batch of draws: only what the engine's claim lists under `needs`.
+
+    Attributes:
+        log_q: log-probability of each token under the current policy, 0 on padding; carries gradient.
+        kl: exact per-token KL(pi(.|s_t) || pi0(.|s_t)) over the vocabulary, 0 on padding.
+    """
+
+    log_q: Float[Tensor, "B T"]
+    kl: Float[Tensor, "B T"] | None = None
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors through which a loss depends on the policy's weights."""
+        return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
+
+
+Info = Mapping[str, Tensor]
+"""What an engine reports of a step: named tensors, detached; the loop logs their means."""
+
+Kind = Literal["point", "lower", "upper"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with what one needs to know of it.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error; NaN where one sample cannot tell.
+        n: the samples behind it.
+        kind: whether its expectation is the quantity ("point") or bounds it ("lower", "upper").
+    """
+
+    value: float
+    stderr: float
+    n: int
+    kind: Kind = "point"
+
+    def __str__(self) -> str:
+        sign = {"point": "", "lower": "≥ ", "upper": "≤ "}[self.kind]
+        return f"{sign}{self.value:.3f} ± {self.stderr:.3f}"
+
+    def as_dict(self) -> dict[str, float | int | str]:
+        """Plain values for JSON."""
+        return {"value": self.value, "stderr": self.stderr, "n": self.n, "kind": self.kind}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval; `high` is inf where nothing bounds the quantity from above.
+
+    Attributes:
+        value: the best single number inside, NaN where there is none.
+        level: the confidence level.
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    @property
+    def width(self) -> float:
+        return self.high - self.low
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Plain values for JSON, null where a number is missing."""
+        pairs = {"value": self.value, "low": self.low, "high": self.high, "level": self.level}
+        return {name: number if math.isfinite(number) else None for name, number in pairs.items()}

@@ -1,0 +1,61 @@
+"""prior × evidence = posterior: the algebra of targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tiltlm.records import Draws, Scored
+
+if TYPE_CHECKING:
+    from tiltlm.protocols import Evidence, Prior
+
+
+@dataclass(frozen=True)
+class Target:
+    """The posterior p*(x|c) ∝ pi0(x|c) · exp(r(x, c) / beta), known up to Z(c) (Korbak et al. 2022).
+
+    Made by `prior * evidence`; a further `* evidence` multiplies in more.
+    """
+
+    prior: Prior
+    evidence: Evidence
+
+    def __mul__(self, evidence: Evidence) -> Target:
+        return Target(self.prior, self.evidence + evidence)  # pyright: ignore[reportOperatorIssue]
+
+    @property
+    def beta(self) -> float:
+        """The evidence's temperature, in reward units per nat."""
+        return self.evidence.beta
+
+    def at(self, beta: float) -> Target:
+        """The same prior and rewards at another temperature."""
+        return replace(self, evidence=self.evidence.at(beta))
+
+    def score(self, draws: Draws) -> Scored:
+        """Both factors of the target for each completion.
+
+        Completions that the evidence dropped are left out and counted. Draws of the prior itself are not
+        scored again: the log-probability of the law that drew them is on them.
+        """
+        likelihood = self.evidence.log_likelihood(draws)
+        kept = likelihood.kept
+        whole = bool(kept.all())
+        rows = draws if whole else draws.select(kept)
+        return Scored(
+            draws=rows,
+            log_prior=self.prior.log_prob(rows) if len(rows) else rows.log_q,
+            log_evidence=likelihood.log if whole else likelihood.log[kept],
+            rewards={name: value if whole else value[kept] for name, value in likelihood.rewards.items()},
+            dropped=int((~kept).sum()),
+        )
+
+
+def require_finite(scored: Scored) -> Scored:
+    """Pass `scored` through, or raise if any log-weight is NaN."""
+    if torch.isnan(scored.log_weight).any():
+        raise FloatingPointError("a log-weight is NaN: the model returned NaN logits; try dtype=float32")
+    return scored

@@ -1,0 +1,120 @@
+"""Arithmetic of log-weights: normalising, effective sample size, Pareto-k, resampling.
+
+Everything works per prompt on rows that may be ragged, through `prompt_index`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+from tiltlm.records import Estimate
+
+
+def group_sum(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+    """Sum of the rows of each prompt."""
+    return torch.zeros(groups, dtype=values.dtype).index_add_(0, index, values)
+
+
+def group_count(index: Int[Tensor, "B"], groups: int) -> Int[Tensor, "P"]:
+    """Rows of each prompt."""
+    return torch.bincount(index, minlength=groups)
+
+
+def group_mean(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+    """Mean of the rows of each prompt; NaN for a prompt without rows."""
+    return group_sum(values, index, groups) / group_count(index, groups)
+
+
+def group_logsumexp(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+    """log sum exp of the rows of each prompt; -inf for a prompt without rows."""
+    peak = torch.full((groups,), -torch.inf, dtype=values.dtype)
+    peak = peak.scatter_reduce(0, index, values, "amax")
+    shift = torch.where(peak.isfinite(), peak, 0.0)
+    return group_sum((values - shift[index]).exp(), index, groups).log() + shift
+
+
+def leave_one_out(values: Float[Tensor, "B"], index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Each value minus the mean of the other rows of its prompt (Kool et al. 2019).
+
+    A row alone with its prompt has no baseline and keeps its value, which is still unbiased.
+    """
+    groups = int(index.max()) + 1 if len(index) else 0
+    count = group_count(index, groups)[index]
+    others = group_sum(values, index, groups)[index] - values
+    return values - others / (count - 1).clamp(min=1)
+
+
+def normalise(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "B"]:
+    """Weights that sum to one within each prompt; zero where a prompt's weights all vanish."""
+    total = group_logsumexp(log_w, index, groups)[index]
+    return torch.where(total > -torch.inf, (log_w - total).exp(), 0.0)
+
+
+def ess(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+    """Kish's effective sample size (sum w)^2 / sum w^2 of each prompt."""
+    return (
+        2 * group_logsumexp(log_w, index, groups) - group_logsumexp(2 * log_w, index, groups)
+    ).exp()
+
+
+def resample(
+    log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int, n: int, rng: Generator
+) -> Int[Tensor, "P n"]:
+    """Draw `n` rows of each prompt in proportion to exp(log_w); -1 where a prompt has no weight."""
+    chosen = torch.full((groups, n), -1)
+    weights = normalise(log_w.double(), index, groups)
+    for prompt in range(groups):
+        rows = (index == prompt).nonzero().flatten()
+        if len(rows) and weights[rows].sum() > 0:
+            chosen[prompt] = rows[torch.multinomial(weights[rows], n, replacement=True, generator=rng)]
+    return chosen
+
+
+def pareto_k(log_w: Float[Tensor, "N"]) -> float:
+    """Shape of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024, PSIS).
+
+    Below 0.7 an importance-sampling mean from these weights can be trusted; above, its error shrinks so
+    slowly that more samples of the same kind do not help. Fitted by Zhang & Stephens (2009) to the largest
+    min(N/5, 3 sqrt N) weights, with the weakly informative prior of PSIS. NaN for fewer than 25 weights;
+    -inf where the tail is constant.
+    """
+    finite = log_w[log_w > -torch.inf].double()
+    n = len(finite)
+    tail = int(min(n / 5, 3 * math.sqrt(n)))
+    if tail < 5:
+        return math.nan
+    ordered = finite.sort().values
+    ordered = (ordered - ordered[-1]).exp()
+    excess = ordered[-tail:] - ordered[-tail - 1]
+    if excess[-1] <= 1e-12:
+        return -math.inf
+    excess = excess.clamp(min=1e-300)
+    points = 30 + int(math.sqrt(tail))
+    quartile = excess[int(tail / 4 + 0.5) - 1]
+    grid = torch.arange(1, points + 1, dtype=torch.float64)
+    theta = 1 / excess[-1] + (1 - (points / (grid - 0.5)).sqrt()) / (3 * quartile)
+    shape = torch.log1p(-theta[:, None] * excess).mean(-1)
+    profile = tail * ((-theta / shape).log() - shape - 1)
+    posterior = torch.softmax(profile.nan_to_num(nan=-torch.inf), 0)
+    k = torch.log1p(-(posterior * theta).sum() * excess).mean()
+    return float((k * tail + 0.5 * 10) / (tail + 10))
+
+
+def log_mean_weight(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> tuple[Estimate, ...]:
+    """log of each prompt's mean weight: by Jensen's inequality a lower bound of log Z in expectation.
+
+    The standard error is the delta method's, sd(w) / (mean(w) sqrt n).
+    """
+    log_w = log_w.double()
+    count = group_count(index, groups)
+    value = group_logsumexp(log_w, index, groups) - count.log()
+    relative = (group_logsumexp(2 * log_w, index, groups) - count.log() - 2 * value).exp() - 1  # var(w) / mean(w)^2
+    stderr = (relative.clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
+    stderr = torch.where(count > 1, stderr, torch.nan)
+    return tuple(
+        Estimate(v, s, n, "lower") for v, s, n in zip(value.tolist(), stderr.tolist(), count.tolist(), strict=True)
+    )
