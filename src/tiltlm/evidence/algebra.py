@@ -1,0 +1,89 @@
+"""Sums and multiples of evidence: log-likelihoods add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tiltlm.records import Draws, Likelihood
+
+
+class Algebra:
+    """Operators for evidence. `a + b`, `a - b`, `2 * a`, `-a`; `prior * a` is a target."""
+
+    def __add__(self, other: Any) -> Sum:
+        return Sum((self, other))
+
+    def __sub__(self, other: Any) -> Sum:
+        return Sum((self, Scaled(-1.0, other)))
+
+    def __neg__(self) -> Scaled:
+        return Scaled(-1.0, self)
+
+    def __mul__(self, factor: float) -> Scaled:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return Scaled(float(factor), self)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Scaled(Algebra):
+    """Evidence with its log-likelihood, and so its reward, multiplied by `factor`."""
+
+    factor: float
+    inner: Any
+
+    @property
+    def beta(self) -> float:
+        return self.inner.beta
+
+    @property
+    def log_bounds(self) -> tuple[float, float] | None:
+        if self.inner.log_bounds is None:
+            return None
+        ends = [self.factor * end for end in self.inner.log_bounds]
+        return min(ends), max(ends)
+
+    def log_likelihood(self, draws: Draws) -> Likelihood:
+        inner = self.inner.log_likelihood(draws)
+        return Likelihood(self.factor * inner.log, inner.rewards, inner.kept)
+
+    def at(self, beta: float) -> Scaled:
+        return Scaled(self.factor, self.inner.at(beta))
+
+
+@dataclass(frozen=True)
+class Sum(Algebra):
+    """Evidence from several sources: likelihoods multiply, so their logarithms add."""
+
+    terms: tuple[Any, ...]
+
+    @property
+    def beta(self) -> float:
+        """The common temperature of the terms; where they differ there is none, and rewards are in nats."""
+        betas = {term.beta for term in self.terms}
+        return betas.pop() if len(betas) == 1 else 1.0
+
+    @property
+    def log_bounds(self) -> tuple[float, float] | None:
+        ends = [term.log_bounds for term in self.terms]
+        if any(end is None for end in ends):
+            return None
+        return sum(low for low, _ in ends), sum(high for _, high in ends)
+
+    def log_likelihood(self, draws: Draws) -> Likelihood:
+        first, *rest = [term.log_likelihood(draws) for term in self.terms]
+        log, rewards, kept = first.log, dict(first.rewards), first.kept
+        for part in rest:
+            log, kept = log + part.log, kept & part.kept
+            for name, value in part.rewards.items():
+                unique = name
+                while unique in rewards:
+                    unique += "'"
+                rewards[unique] = value
+        return Likelihood(log, rewards, kept)
+
+    def at(self, beta: float) -> Sum:
+        return Sum(tuple(term.at(term.beta * beta / self.beta) for term in self.terms))

@@ -1,0 +1,1 @@
+"""Language models: loading, drawing, scoring. The only folder that imports transformers and peft."""

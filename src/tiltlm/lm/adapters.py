@@ -1,0 +1,159 @@
+"""LoRA adapters on one copy of the base weights: which is active, and which receives gradients.
+
+A prior is the base with adapters off, or with a frozen adapter on; a policy is the same base with its own
+adapter on. All of them share the base's weights, so whoever runs the model activates its adapter first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from tiltlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter (Hu et al. 2022).
+
+    Attributes:
+        r: rank.
+        alpha: the update is scaled by alpha / r; None takes 2 r.
+        targets: module names, or "all-linear" for every linear layer but the output.
+    """
+
+    r: int = 16
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = "all-linear"
+
+    def config(self, model: PreTrainedModel) -> LoraConfig:
+        """PEFT's configuration for a model."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=2 * self.r if self.alpha is None else self.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            lora_dropout=0.0,  # the policy that is scored must be the policy that drew
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=model.config._name_or_path,
+        )
+
+
+class AdapterSwitch:
+    """The adapters that live on one base model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.peft: PeftModel | None = None
+        self._active: str | None = None
+
+    @classmethod
+    def adopt(cls, peft: PeftModel) -> AdapterSwitch:
+        """Take over a `PeftModel` that someone else made."""
+        switch = cls(peft.get_base_model())  # pyright: ignore[reportArgumentType]
+        switch.peft = peft
+        switch._active = str(peft.active_adapter)
+        return switch
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if self.peft is None else tuple(self.peft.peft_config)
+
+    def new(self, lora: LoRA, seed: int) -> str:
+        """Add a fresh adapter, which leaves the model as it is until it is trained."""
+        name = self._free_name()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._add(name, lora.config(self.model))
+        return name
+
+    def load(self, folder: str | Path) -> str:
+        """Add a saved adapter."""
+        path = Path(folder)
+        if not (path / "adapter_config.json").is_file():
+            raise InputError(f"{folder} holds no PEFT adapter (no adapter_config.json); give a folder that does")
+        name = self._free_name()
+        try:
+            if self.peft is None:
+                self.peft = PeftModel.from_pretrained(self.model, path, adapter_name=name, autocast_adapter_dtype=False)
+            else:
+                self.peft.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise InputError(
+                f"the adapter in {folder} does not fit this model ({str(error).splitlines()[0][:160]}); load it on "
+                f"the base model that its adapter_config.json names"
+            ) from error
+        self._finish(name)
+        return name
+
+    def copy(self, name: str) -> str:
+        """Add an adapter with the same weights as `name`."""
+        assert self.peft is not None
+        fresh = self._free_name()
+        self._add(fresh, copy.deepcopy(self.peft.peft_config[name]))
+        with torch.no_grad():
+            source = self.parameters(name)
+            for key, value in self.parameters(fresh).items():
+                value.copy_(source[key])
+        return fresh
+
+    def activate(self, name: str | None) -> None:
+        """Run the model with this adapter on; None switches all off."""
+        if self.peft is None or name == self._active:
+            return
+        tuner: Any = self.peft.base_model
+        if name is None:
+            tuner.disable_adapter_layers()
+        else:
+            tuner.enable_adapter_layers()
+            self.peft.set_adapter(name)
+        self._active = name
+
+    def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
+        """The adapter's weights, named without the adapter's own name."""
+        return {
+            key.replace(f".{name}.", "."): value
+            for key, value in self.model.named_parameters()
+            if f".{name}." in key and "lora_" in key
+        }
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write the adapter in PEFT's format, at the folder's top."""
+        assert self.peft is not None
+        config: PeftConfig = copy.deepcopy(self.peft.peft_config[name])
+        config.inference_mode = True
+        state = {f"base_model.model.{key}": value.detach().contiguous() for key, value in self.parameters(name).items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        from safetensors.torch import save_file
+
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+    def _free_name(self) -> str:
+        number = len(self.names)
+        while f"tilt{number}" in self.names:
+            number += 1
+        return f"tilt{number}"
+
+    def _add(self, name: str, config: PeftConfig) -> None:
+        if self.peft is None:
+            self.peft = PeftModel(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+        self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        """New adapters take the base's precision; nothing trains by accident."""
+        assert self.peft is not None
+        for value in self.parameters(name).values():
+            value.data = value.data.to(self.model.dtype)
+        self.peft.eval()
+        self._active = ""  # whatever peft has made active, the next activate() sets it anew

