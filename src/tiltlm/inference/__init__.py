@@ -1,0 +1,1 @@
+"""Everything that makes draws, weights and losses of a target; engines are one file each."""

@@ -1,0 +1,1 @@
+"""The posterior of a target, exactly where its completions can be listed."""

@@ -1,0 +1,218 @@
+"""Every engine's claim, proved by enumeration; and false claims, refuted."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import tiltlm as tl
+import torch
+from tiltlm.posterior import exact as ex
+from tiltlm.protocols import Claim
+from tiltlm.records import Weighted
+from tiltlm.testing import ClaimRefuted, check_engine, fixture_b, small_language
+from tiltlm.weights import group_mean, leave_one_out
+
+ENGINES = [tl.RLOO(), tl.BestOfN(), tl.Importance(), tl.Rejection()]
+P_STAR = Claim(fixed_point="p*", objective="KL(q||p*)", bias="none")
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: type(e).__name__)
+def test_claim_is_proved(engine):
+    for check in check_engine(engine):
+        print(check)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """An engine with a claim that is not true; subclasses say what they really do."""
+
+    group: int = 4
+    updates: ClassVar[int] = 1
+    claim: ClassVar[Claim] = P_STAR
+
+    def init(self, prompts):
+        return None
+
+    def advantage(self, scored):
+        raise NotImplementedError
+
+    def loss(self, forward, scored, state=None):
+        return -(self.advantage(scored).detach() * forward.log_q.sum(-1)).mean(), {}
+
+
+class NoKL(Planted):
+    """Forgets the KL: its optimum is a point mass."""
+
+    def advantage(self, scored):
+        return leave_one_out(scored.log_evidence, scored.draws.prompt_index)
+
+
+class WrongSign(Planted):
+    """Rewards the distance to the prior."""
+
+    def advantage(self, scored):
+        weight = scored.log_evidence - (scored.log_prior.sum(-1) - scored.draws.log_prob)
+        return leave_one_out(weight, scored.draws.prompt_index)
+
+
+class MeanWithSelf(Planted):
+    """The group's mean, the draw itself included: shrinks the gradient by 1 - 1/G, at p* still nothing is left."""
+
+    def advantage(self, scored):
+        index = scored.draws.prompt_index
+        return scored.log_weight - group_mean(scored.log_weight, index, int(index.max()) + 1)[index]
+
+
+class NoBaseline(Planted):
+    """Unbiased, but p*'s draws still carry a signal: not the zero-variance estimator that is claimed."""
+
+    def advantage(self, scored):
+        return scored.log_weight
+
+
+class PerToken(Planted):
+    """Divides by the completion's length, which hides a bonus for length."""
+
+    def advantage(self, scored):
+        return leave_one_out(scored.log_weight / scored.draws.lengths, scored.draws.prompt_index)
+
+
+class WithoutEOS(Planted):
+    """Leaves the EOS's log-probability out of the KL."""
+
+    def advantage(self, scored):
+        draws = scored.draws
+        last = torch.zeros_like(draws.log_q).scatter_(1, (draws.lengths - 1)[:, None], 1.0)
+        inner = ~(last.bool() & draws.ended[:, None])
+        weight = scored.log_evidence + ((scored.log_prior - draws.log_q) * inner).sum(-1)
+        return leave_one_out(weight, draws.prompt_index)
+
+
+class NormalisedByStd(Planted):
+    """GRPO's habit with the KL in the loss."""
+
+    def loss(self, forward, scored, state=None):
+        index = scored.draws.prompt_index
+        groups = int(index.max()) + 1
+        reward = scored.log_evidence
+        centred = reward - group_mean(reward, index, groups)[index]
+        std = group_mean(centred**2, index, groups).sqrt()[index] + 1e-4
+        kl = (forward.log_q - scored.log_prior).sum(-1)
+        return -((centred / std).detach() * forward.log_q.sum(-1)).mean() + (kl**2 / 2).mean(), {}
+
+
+class K3InTheLoss(Planted):
+    """The k3 estimator as a loss: the gradient of the other KL."""
+
+    def loss(self, forward, scored, state=None):
+        advantage = leave_one_out(scored.log_evidence, scored.draws.prompt_index)
+        log_rho = (scored.log_prior - forward.log_q).sum(-1)
+        return -(advantage.detach() * forward.log_q.sum(-1)).mean() + (log_rho.exp() - 1 - log_rho).mean(), {}
+
+
+class ModestRLOO(tl.RLOO):
+    """Says that it does not reach p*, although it does."""
+
+    claim: ClassVar[Claim] = Claim(fixed_point="none", objective="?")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [NoKL(), WrongSign(), MeanWithSelf(), NoBaseline(), PerToken(), WithoutEOS(), NormalisedByStd(), K3InTheLoss()],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_false_training_claim_is_refuted(engine):
+    with pytest.raises(ClaimRefuted):
+        check_engine(engine)
+
+
+def test_a_too_modest_claim_is_refuted():
+    with pytest.raises(ClaimRefuted, match="p\\* is not stationary"):
+        check_engine(ModestRLOO())
+
+
+def test_an_honest_negative_claim_passes():
+    @dataclass(frozen=True)
+    class Honest(NoKL):
+        claim: ClassVar[Claim] = Claim(fixed_point="none", objective="E r")
+
+    check_engine(Honest())
+
+
+class ExactBestOfN(tl.BestOfN):
+    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="none")
+
+
+class ExactImportance(tl.Importance):
+    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="none")
+
+
+class LooseRejection(tl.Rejection):
+    """Accepts with a bound that is not one."""
+
+    def selection(self, target, scored):
+        low = replace(target, evidence=replace(target.evidence, bounds=(-1.0, 0.5)))
+        return super().selection(low, scored).clamp(0, 1)
+
+
+class UnweightedSample(tl.Importance):
+    """Forgets the weights when it samples."""
+
+    def sample(self, target, prompts, *, proposal=None, rng):
+        weighted = super().sample(target, prompts, proposal=proposal, rng=rng)
+        return Weighted(weighted.scored, torch.zeros_like(weighted.log_w))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [ExactBestOfN(), ExactImportance(), LooseRejection(), UnweightedSample()],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_false_decoding_claim_is_refuted(engine):
+    with pytest.raises(ClaimRefuted):
+        check_engine(engine)
+
+
+def test_rejection_is_exact_only_where_it_says(rng):
+    world = small_language()
+    unbounded = replace(world.target, evidence=replace(world.target.evidence, bounds=None))
+    with pytest.raises(tl.InputError, match="needs a reward with bounds"):
+        tl.Rejection().sample(unbounded, world.prompts, rng=rng)
+    with pytest.raises(tl.InputError, match="exact only from the prior"):
+        tl.Rejection().sample(world.target, world.prompts, proposal=world.prior.policy(lora=None), rng=rng)
+
+
+def test_rejection_stops_at_enough_and_shows_who_got_none(rng):
+    world = fixture_b()
+    prompts = world.prompts.select([0] * 20)
+    few = tl.Rejection(n=500, samples=3, round=10).sample(world.target, prompts, rng=rng)
+    counts = few.kept().scored.draws.prompt_index.bincount(minlength=20)
+    assert (counts >= 3).all()
+    assert len(few.scored) < 20 * 500
+    cold = tl.Rejection(n=4).sample(world.target.at(0.02), prompts, rng=rng)
+    assert len(cold.kept().scored) < 20
+    assert len(cold.scored) == 80
+
+
+def test_importance_with_a_proposal_corrects_it(rng):
+    """Draws of another policy, weighted, have the posterior's mean reward and log Z."""
+    world = fixture_b()
+    exact = ex.posterior(world.target, world.prompts)
+    proposal = world.prior.policy(lora=None)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        table = proposal.named_parameters()["table"]
+        table.add_(0.5 * torch.randn_like(table).clamp(-2, 2))
+    weighted = tl.Importance(n=20_000).sample(world.target, world.prompts, proposal=proposal, rng=rng)
+    share = weighted.log_w.double().softmax(0)
+    reward = exact.beta * weighted.scored.log_evidence
+    assert float(share @ reward) == pytest.approx(exact.mean_reward(exact.log_posterior), abs=0.02)
+    (log_z,) = weighted.log_z
+    assert log_z.kind == "lower"
+    assert abs(log_z.value - exact.log_z) < 4 * log_z.stderr
+
+
+@pytest.mark.parametrize("make", [lambda: tl.RLOO(group=1), lambda: tl.BestOfN(n=0), lambda: tl.Importance(n=0)])
+def test_senseless_settings(make):
+    with pytest.raises(ValueError, match="is [01]"):
+        make()
