@@ -1,0 +1,354 @@
+"""`certify`: how far a sampler is from the posterior, in nats, from both sides.
+
+KL(q || p*) = log Z - ELBO, and the ELBO is a mean over q's draws. What is missing is log Z, which is bounded
+from below by any importance estimate (Burda et al. 2016) and from above by the same estimate with one exact
+posterior sample among its draws (Zhao et al. 2024, section 5.1). Exact samples come from rejection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from tiltlm.diagnostics.degeneracy import Diversity, diversity
+from tiltlm.errors import InputError
+from tiltlm.inference.decoding.rejection import Rejection
+from tiltlm.protocols import Sampler
+from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored
+from tiltlm.target import Target, require_finite
+from tiltlm.weights import group_count, pareto_k
+
+Z95 = 1.959964
+"""Standard normal quantile of a 95% interval."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """One prompt: what the draws say of log Z and KL(q || p*).
+
+    Attributes:
+        elbo: mean log-weight of q's draws.
+        low, high: bounds of KL(q || p*) in expectation; high is inf without exact samples.
+        low_stderr, high_stderr: their standard errors.
+        ess: effective sample size of q's draws as posterior samples.
+        exact: exact posterior samples behind `high`.
+    """
+
+    elbo: Estimate
+    low: float
+    low_stderr: float
+    high: float
+    high_stderr: float
+    ess: float
+    exact: int
+
+    @property
+    def interval(self) -> Interval:
+        """KL(q || p*) at 95%."""
+        high = self.high + Z95 * self.high_stderr
+        value = (self.low + self.high) / 2 if math.isfinite(self.high) else self.low
+        return Interval(max(0.0, value), max(0.0, self.low - Z95 * self.low_stderr), high)
+
+
+@dataclass(frozen=True)
+class PromptCertificate:
+    """The certificate of one prompt."""
+
+    prompt: str
+    reward: float
+    kl_prior: float
+    bounds: Bounds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "reward": self.reward,
+            "kl_prior": self.kl_prior,
+            "elbo": self.bounds.elbo.as_dict(),
+            "kl_posterior": self.bounds.interval.as_dict(),
+            "ess": self.bounds.ess,
+            "exact_samples": self.bounds.exact,
+        }
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a sampler is worth as an approximation of the posterior. Means are over prompts.
+
+    Attributes:
+        reward: E_q r.
+        kl_prior: KL(q || pi0) in nats; Rao-Blackwellised where the sampler is a policy (Amini et al. 2025).
+        elbo: log Z - KL(q || p*); beta times it is the objective of KL-penalised RL.
+        log_z_lower, log_z_upper: bounds in expectation; the upper one is None without exact samples.
+        kl_posterior: KL(q || p*) at 95%, for these prompts; high is inf without an upper bound.
+        ess: effective posterior samples a prompt, of `samples` draws.
+        pareto_k: median over prompts; above 0.7 the weights are too heavy-tailed for the standard errors.
+        diversity: signs of collapse.
+        notes: what the certificate cannot say, and how to get it.
+        scored: the sampler's draws.
+    """
+
+    beta: float
+    samples: int
+    reward: Estimate
+    kl_prior: Estimate
+    elbo: Estimate
+    log_z_lower: Estimate
+    log_z_upper: Estimate | None
+    kl_posterior: Interval
+    ess: float
+    pareto_k: float
+    exact_samples: int
+    diversity: Diversity
+    per_prompt: tuple[PromptCertificate, ...]
+    notes: tuple[str, ...]
+    scored: Scored
+
+    @property
+    def mean_width(self) -> float:
+        """Mean over prompts of the width of each prompt's own interval."""
+        return sum(p.bounds.interval.width for p in self.per_prompt) / len(self.per_prompt)
+
+    def __str__(self) -> str:
+        upper = "none" if self.log_z_upper is None else str(self.log_z_upper)
+        lines = [
+            f"KL(q||p*)   {self.kl_posterior} nats at 95%, mean over {len(self.per_prompt)} prompts",
+            f"E r         {self.reward}",
+            f"KL(q||pi0)  {self.kl_prior} nats",
+            f"ELBO        {self.elbo}",
+            f"log Z       {self.log_z_lower} and {upper}",
+            f"ESS         {self.ess:.1f} of {self.samples}, Pareto-k {self.pareto_k:.2f}, exact samples {self.exact_samples}",
+            f"diversity   entropy {self.diversity.entropy:.1f} nats, distinct-2 {self.diversity.distinct_2:.2f}, "
+            f"unique {self.diversity.unique:.0%}, truncated {self.diversity.truncated:.0%}, length {self.diversity.length:.1f}",
+        ]
+        return "\n".join([*lines, *self.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "beta": self.beta,
+            "samples_per_prompt": self.samples,
+            "reward": self.reward.as_dict(),
+            "kl_prior": self.kl_prior.as_dict(),
+            "elbo": self.elbo.as_dict(),
+            "log_z_lower": self.log_z_lower.as_dict(),
+            "log_z_upper": self.log_z_upper.as_dict() if self.log_z_upper else None,
+            "kl_posterior": self.kl_posterior.as_dict(),
+            "kl_posterior_mean_prompt_width": self.mean_width if math.isfinite(self.mean_width) else None,
+            "ess": self.ess,
+            "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
+            "exact_samples": self.exact_samples,
+            "diversity": self.diversity.as_dict(),
+            "per_prompt": [prompt.as_dict() for prompt in self.per_prompt],
+            "notes": list(self.notes),
+        }
+
+
+def certify(
+    sampler: Sampler,
+    target: Target,
+    prompts: Prompts | Sequence[Any],
+    *,
+    samples: int = 64,
+    prior_draws: Scored | None = None,
+    exact_budget: int = 128,
+    seed: int = 0,
+) -> Certificate:
+    """Certify any sampler against a target.
+
+    Args:
+        sampler: a policy, the prior, or anything with `draw` and `log_prob`.
+        samples: draws a prompt.
+        prior_draws: prior draws that are there already (those of `plan`), scored at any beta; the ones that rejection
+            accepts are exact posterior samples for nothing.
+        exact_budget: most further prior draws for each prompt that has no exact sample yet.
+
+    Raises:
+        InputError: if no completion has a usable reward.
+    """
+    encoded = target.prior.encode(prompts)
+    rng = Generator().manual_seed(seed)
+    scored = require_finite(target.score(sampler.draw(encoded, samples, rng)))
+    if (group_count(scored.draws.prompt_index, len(encoded)) < 2).any():
+        raise InputError("some prompt has fewer than 2 completions with a reward; raise samples, or mend the reward")
+    exact, notes = exact_samples(target, encoded, prior_draws, exact_budget, rng)
+    kl_prior = _kl_to_prior(sampler, target, scored)
+    log_w_exact = None
+    if exact is not None and len(exact):
+        log_w_exact = exact.log_target - sampler.log_prob(exact.draws).sum(-1)
+    return _assemble(target, encoded, scored, exact, log_w_exact, kl_prior, samples, notes)
+
+
+def exact_samples(
+    target: Target, prompts: Prompts, prior_draws: Scored | None, budget: int, rng: Generator
+) -> tuple[Scored | None, list[str]]:
+    """Exact posterior samples by rejection: of prior draws that are there, then of new ones where none was accepted.
+
+    Returns:
+        The samples (None if the reward has no bounds), and sentences on what is missing.
+    """
+    if target.evidence.log_bounds is None:
+        return None, [
+            "no upper bound: the reward has no declared bounds, so no exact posterior sample can be had; declare them, "
+            "Reward(fn, bounds=(low, high))."
+        ]
+    found: list[Scored] = []
+    missing = list(range(len(prompts)))
+    if prior_draws is not None and len(prior_draws.draws.prompts) == len(prompts):
+        weighted = Rejection().weigh(target, prior_draws, rng).kept()
+        found.append(weighted.scored)
+        counts = group_count(weighted.scored.draws.prompt_index, len(prompts))
+        missing = [p for p in missing if counts[p] == 0]
+    if missing and budget > 0:
+        engine = Rejection(n=budget, samples=2 if prior_draws is None else 1, round=min(64, budget))
+        scored = engine.sample(target, prompts.select(missing), rng=rng).kept().scored
+        found.append(_among(scored, prompts, missing))
+    if not found:
+        return None, ["no upper bound: exact_budget is 0; give it some prior draws a prompt."]
+    exact = Scored.concatenate(found)
+    counts = group_count(exact.draws.prompt_index, len(prompts))
+    lacking = int((counts == 0).sum())
+    if not lacking:
+        return exact, []
+    return exact, [
+        f"no upper bound: {lacking} of {len(prompts)} prompts got no exact posterior sample from their prior draws; raise "
+        f"exact_budget (now {budget}), or beta."
+    ]
+
+
+def _among(scored: Scored, prompts: Prompts, index: Sequence[int]) -> Scored:
+    return Scored(
+        scored.draws.among(prompts, index), scored.log_prior, scored.log_evidence, scored.rewards, scored.dropped
+    )
+
+
+def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, "B"]:
+    """An unbiased KL(q || pi0) from each draw: exact per token where the sampler can tell, else log q - log pi0."""
+    if sampler is target.prior:
+        return torch.zeros(len(scored), dtype=torch.float64)
+    if hasattr(sampler, "token_kl"):
+        return sampler.token_kl(scored.draws).double().sum(-1)
+    return (scored.draws.log_q - scored.log_prior).double().sum(-1)
+
+
+def prompt_bounds(log_w: Float[Tensor, "N"], log_w_exact: Float[Tensor, "M"], pooled_variance: float) -> Bounds:
+    """Bounds of KL(q || p*) for one prompt.
+
+    Lower: log mean w - mean log w over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
+    sample, averaged over the M of them. Standard errors by the influence of a single draw, w / mean(w) - log w.
+
+    Args:
+        log_w: log-weights of q's draws.
+        log_w_exact: log-weights of exact posterior samples; may be empty.
+        pooled_variance: of the upper bound's terms between exact samples, used where M = 1.
+    """
+    n, m = len(log_w), len(log_w_exact)
+    peak = torch.cat([log_w, log_w_exact]).max()
+    w = (log_w - peak).exp()
+    mean_log = float(log_w.mean())
+    elbo = Estimate(mean_log, float(log_w.std()) / math.sqrt(n), n)
+    log_mean = float(w.mean().log() + peak)
+    influence = w / w.mean() - log_w
+    stderr = float(influence.std()) / math.sqrt(n)
+    high, high_stderr = math.inf, math.nan
+    if m:
+        terms = upper_terms(log_w, log_w_exact)
+        variance = float(terms.var()) if m > 1 else pooled_variance
+        high = float(terms.mean()) - mean_log
+        high_stderr = math.sqrt(stderr**2 + variance / m)
+    ess = float(w.sum().square() / w.square().sum())
+    return Bounds(elbo, log_mean - mean_log, stderr, high, high_stderr, ess, m)
+
+
+def upper_terms(log_w: Float[Tensor, "N"], log_w_exact: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
+    """log of the mean weight of one exact sample and N - 1 draws of q; each bounds log Z from above in expectation."""
+    n = len(log_w)
+    others = log_w.logsumexp(0) + math.log((n - 1) / n)
+    return torch.logaddexp(log_w_exact, others) - math.log(n)
+
+
+def _assemble(
+    target: Target,
+    prompts: Prompts,
+    scored: Scored,
+    exact: Scored | None,
+    log_w_exact: Tensor | None,
+    kl_prior: Tensor,
+    samples: int,
+    notes: list[str],
+) -> Certificate:
+    index, log_w = scored.draws.prompt_index, scored.log_weight.double()
+    reward = target.beta * scored.log_evidence.double()
+    groups = [log_w[index == p] for p in range(len(prompts))]
+    exact_index = exact.draws.prompt_index if exact is not None else torch.zeros(0, dtype=torch.long)
+    posterior = log_w_exact.double() if log_w_exact is not None else torch.zeros(0, dtype=torch.float64)
+    exact_groups = [posterior[exact_index == p] for p in range(len(prompts))]
+    spreads = [float(upper_terms(a, b).var()) for a, b in zip(groups, exact_groups, strict=True) if len(b) > 1]
+    pooled = sum(spreads) / len(spreads) if spreads else 0.0
+    bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
+    texts = [t if isinstance(t, str) else str(t[-1]["content"]) for t in prompts.texts]
+    per_prompt = tuple(
+        PromptCertificate(texts[p], float(reward[index == p].mean()), float(kl_prior[index == p].mean()), bounds[p])
+        for p in range(len(prompts))
+    )
+    elbo = _mean([b.elbo.value for b in bounds], [b.elbo.stderr for b in bounds], samples)
+    low = _mean([b.low for b in bounds], [b.low_stderr for b in bounds], samples)
+    complete = all(b.exact for b in bounds)
+    high = _mean([b.high for b in bounds], [b.high_stderr for b in bounds], samples) if complete else None
+    interval = Interval(
+        value=max(0.0, (low.value + high.value) / 2 if high else low.value),
+        low=max(0.0, low.value - Z95 * low.stderr),
+        high=high.value + Z95 * high.stderr if high else math.inf,
+    )
+    return Certificate(
+        beta=target.beta,
+        samples=samples,
+        reward=_group_estimate(reward, index, len(prompts), samples),
+        kl_prior=_group_estimate(kl_prior, index, len(prompts), samples),
+        elbo=elbo,
+        log_z_lower=_log_z(elbo, low, "lower"),
+        log_z_upper=_log_z(elbo, high, "upper") if high else None,
+        kl_posterior=interval,
+        ess=sum(b.ess for b in bounds) / len(bounds),
+        pareto_k=float(torch.tensor([pareto_k(g) for g in groups]).nanmedian()),
+        exact_samples=sum(b.exact for b in bounds),
+        diversity=diversity(scored.draws),
+        per_prompt=per_prompt,
+        notes=tuple([*notes, *_cautions(scored)]),
+        scored=scored,
+    )
+
+
+def _mean(values: list[float], stderrs: list[float], samples: int) -> Estimate:
+    """Mean over prompts of independent estimates."""
+    count = len(values)
+    return Estimate(sum(values) / count, math.sqrt(sum(s * s for s in stderrs)) / count, samples * count)
+
+
+def _log_z(elbo: Estimate, gap: Estimate, kind: Any) -> Estimate:
+    return Estimate(elbo.value + gap.value, math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
+
+
+def _group_estimate(values: Float[Tensor, "B"], index: Tensor, prompts: int, samples: int) -> Estimate:
+    groups = [values[index == p] for p in range(prompts)]
+    return _mean([float(g.mean()) for g in groups], [float(g.std()) / math.sqrt(len(g)) for g in groups], samples)
+
+
+def _cautions(scored: Scored) -> list[str]:
+    draws: Draws = scored.draws
+    notes = []
+    cut = float((~draws.ended).double().mean())
+    if cut > 0.5:
+        notes.append(
+            f"{cut:.0%} of the completions were cut at {int(draws.lengths.max())} tokens (max_new_tokens); that is part of the "
+            f"target, so raise it if your reward judges whole texts."
+        )
+    if scored.dropped:
+        notes.append(f"{scored.dropped} completions without a usable reward were dropped; the target leaves them out.")
+    return notes

@@ -1,0 +1,55 @@
+"""Is the sampler still alive? Diversity, length, truncation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from tiltlm.records import Draws
+from tiltlm.weights import group_mean
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Signs of collapse in a batch of draws.
+
+    Attributes:
+        entropy: mean -log q of a completion, in nats (an unbiased estimate of the entropy).
+        distinct_1, distinct_2: distinct token 1-grams and 2-grams over all, per prompt, averaged (Li et al. 2016).
+        unique: fraction of a prompt's completions that are different texts, averaged.
+        length: mean tokens.
+        truncated: fraction cut at `max_new_tokens`.
+    """
+
+    entropy: float
+    distinct_1: float
+    distinct_2: float
+    unique: float
+    length: float
+    truncated: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def diversity(draws: Draws) -> Diversity:
+    """Diversity of draws, within prompts and then averaged over them."""
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for prompt, ids, keep in zip(draws.prompt_index.tolist(), draws.tokens, draws.mask, strict=True):
+        groups.setdefault(prompt, []).append(tuple(ids[keep].tolist()))
+    shares = [(_distinct(rows, 1), _distinct(rows, 2), len(set(rows)) / len(rows)) for rows in groups.values()]
+    distinct_1, distinct_2, unique = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    surprisal = group_mean(-draws.log_prob.double(), draws.prompt_index, len(draws.prompts))
+    return Diversity(
+        entropy=float(surprisal.nanmean()),
+        distinct_1=distinct_1,
+        distinct_2=distinct_2,
+        unique=unique,
+        length=float(draws.lengths.double().mean()),
+        truncated=float((~draws.ended).double().mean()),
+    )
+
+
+def _distinct(rows: list[tuple[int, ...]], n: int) -> float:
+    grams = [row[i : i + n] for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan

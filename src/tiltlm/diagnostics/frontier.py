@@ -1,0 +1,410 @@
+"""`plan`: what KL-penalised RL can achieve at every beta, from prior samples alone.
+
+The optimum of RL at temperature beta is p*_beta, and p*_beta is a tilt of the prior, so one set of prior draws
+predicts the reward and the KL of every beta's optimum before anything is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.stats import t as student
+from torch import Generator, Tensor
+
+from tiltlm.diagnostics.tilt import Tilted, tilt, tilt_jackknife
+from tiltlm.errors import InputError
+from tiltlm.records import Estimate, Interval, Prompts, Scored
+from tiltlm.target import Target
+from tiltlm.weights import pareto_k
+
+MARGIN = 4.0
+"""A tilt is trusted while n >= MARGIN * exp(KL): below that a few draws carry all the weight (Chatterjee & Diaconis 2018)."""
+SHARE = 0.9
+"""... for at least this share of the prompts."""
+GRID = 32
+REPLICATES = 200
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The predicted optimum at one beta, averaged over prompts.
+
+    Attributes:
+        reward, kl: E r and KL(p*_beta || pi0) in nats, with intervals for prompts like these.
+        log_z: a lower bound in expectation (Jensen).
+        ess: effective draws a prompt behind the prediction, mean over prompts.
+        pareto_k: median over prompts of the shape of the weights' tail; above 0.7 do not trust.
+        needed: draws a prompt that the prediction asks for, MARGIN * exp(KL) of the hardest tenth of the prompts.
+        reliable: whether there are that many.
+    """
+
+    beta: float
+    reward: Interval
+    kl: Interval
+    log_z: Estimate
+    ess: float
+    pareto_k: float
+    needed: int
+    reliable: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "beta": self.beta,
+            "reward": self.reward.as_dict(),
+            "kl": self.kl.as_dict(),
+            "log_z": self.log_z.as_dict(),
+            "ess": self.ess,
+            "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
+            "needed_samples": self.needed,
+            "reliable": self.reliable,
+        }
+
+
+@dataclass(frozen=True)
+class BestOfNPoint:
+    """Best of n, averaged over prompts: its exact law on the empirical reward distribution.
+
+    Attributes:
+        kl: KL to the prior, ties taken into account.
+        kl_bound: log n - (n - 1) / n, which the KL never exceeds.
+    """
+
+    n: int
+    reward: float
+    kl: float
+    kl_bound: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"n": self.n, "reward": self.reward, "kl": self.kl, "kl_bound": self.kl_bound}
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """The prediction for one prompt at the chosen beta; intervals over its own draws (bootstrap)."""
+
+    prompt: str
+    n: int
+    prior_reward: float
+    reward: Interval
+    kl: Interval
+    log_z: Estimate
+    ess: float
+    pareto_k: float
+    reliable: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "n": self.n,
+            "prior_reward": self.prior_reward,
+            "reward": self.reward.as_dict(),
+            "kl": self.kl.as_dict(),
+            "log_z": self.log_z.as_dict(),
+            "ess": self.ess,
+            "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
+            "reliable": self.reliable,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the prior's draws say of the target at every beta.
+
+    Attributes:
+        prior_reward: E r under the prior.
+        frontier: predicted optima, from the largest beta to the smallest.
+        chosen: the point at the beta that was asked for, by number, KL budget or reward goal.
+        per_prompt: the prediction for each prompt at the chosen beta.
+        notes: plain sentences on what the draws cannot tell, and what to look at.
+        scored: the prior draws, scored at `beta`.
+    """
+
+    prior_reward: Interval
+    frontier: tuple[FrontierPoint, ...]
+    best_of_n: tuple[BestOfNPoint, ...]
+    chosen: FrontierPoint | None
+    per_prompt: tuple[PromptPlan, ...]
+    notes: tuple[str, ...]
+    samples: int
+    scored: Scored
+    beta: float
+
+    def at(self, beta: float) -> FrontierPoint:
+        """The prediction at one beta."""
+        return _Sample.of(self.scored, self.beta).point(beta)
+
+    def __str__(self) -> str:
+        rows = [f"{'beta':>8}  {'E r':>22}  {'KL(p*||pi0)':>22}  {'ESS':>6}  {'draws needed':>12}"]
+        for point in self.frontier[::3]:
+            mark = " " if point.reliable else "?"
+            rows.append(
+                f"{point.beta:8.3g}  {point.reward!s:>22}  {point.kl!s:>22}  {point.ess:6.1f}  {point.needed:12d} {mark}"
+            )
+        head = f"prior: E r = {self.prior_reward}, {self.samples} draws a prompt"
+        chosen = [f"chosen beta {self.chosen.beta:.3g}: E r {self.chosen.reward}, KL {self.chosen.kl}"] if self.chosen else []
+        return "\n".join([head, *rows, *chosen, *self.notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "prior_reward": self.prior_reward.as_dict(),
+            "samples_per_prompt": self.samples,
+            "frontier": [point.as_dict() for point in self.frontier],
+            "best_of_n": [point.as_dict() for point in self.best_of_n],
+            "chosen": self.chosen.as_dict() if self.chosen else None,
+            "per_prompt": [prompt.as_dict() for prompt in self.per_prompt],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Prior rewards by prompt."""
+
+    rewards: tuple[Float[Tensor, "n"], ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, scored: Scored, beta: float) -> _Sample:
+        index, reward = scored.draws.prompt_index, beta * scored.log_evidence.double()
+        texts = scored.draws.prompts.texts
+        used = [p for p in range(len(texts)) if (index == p).any()]
+        names = [t if isinstance(t, str) else str(t[-1]["content"]) for t in texts]
+        return cls(tuple(reward[index == p] for p in used), tuple(names[p] for p in used))
+
+    @property
+    def n(self) -> int:
+        return min(len(r) for r in self.rewards)
+
+    def tilts(self, betas: Float[Tensor, "G"], *, jackknife: bool = True) -> Tilted:
+        """Estimates of every prompt, (P, G)."""
+        parts = [(tilt_jackknife if jackknife else tilt)(r, betas) for r in self.rewards]
+        fields = ("reward", "kl", "log_z", "ess")
+        return Tilted(*(torch.stack([getattr(part, name) for part in parts]) for name in fields))
+
+    def point(self, beta: float) -> FrontierPoint:
+        return self.points(torch.tensor([beta], dtype=torch.float64))[0]
+
+    def points(self, betas: Float[Tensor, "G"]) -> list[FrontierPoint]:
+        tilted, plain = self.tilts(betas), self.tilts(betas, jackknife=False)
+        points = []
+        for g, beta in enumerate(betas.tolist()):
+            hard = float(plain.kl[:, g].quantile(SHARE))
+            ks = [pareto_k(r / beta) for r in self.rewards]
+            log_z, count = tilted.log_z[:, g], len(self.rewards)
+            spread = float(log_z.std() / math.sqrt(count)) if count > 1 else math.nan
+            points.append(
+                FrontierPoint(
+                    beta=beta,
+                    reward=self._interval(tilted.reward[:, g], lambda t: t.reward, beta),
+                    kl=self._interval(tilted.kl[:, g], lambda t: t.kl, beta, floor=0.0),
+                    log_z=Estimate(float(log_z.mean()), spread, self.n * count, "lower"),
+                    ess=float(plain.ess[:, g].mean()),
+                    pareto_k=float(torch.tensor(ks).nanmedian()),
+                    needed=math.ceil(MARGIN * math.exp(hard)),
+                    reliable=MARGIN * math.exp(hard) <= self.n,
+                )
+            )
+        return points
+
+    def _interval(
+        self, values: Float[Tensor, "P"], field: Callable[[Tilted], Tensor], beta: float, floor: float = -math.inf
+    ) -> Interval:
+        """For prompts like these: Student's t over prompts, whose estimates carry their own sampling noise.
+
+        Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
+        bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With
+        a single prompt, the bootstrap over its draws.
+        """
+        value = float(values.mean())
+        if len(values) < 2:
+            return bootstrap(self.rewards[0], field, beta, value)
+        half = float(student.ppf(0.975, len(values) - 1)) * float(values.std()) / math.sqrt(len(values))
+        return Interval(max(floor, value), max(floor, value - half), value + half)
+
+
+def bootstrap(
+    reward: Float[Tensor, "N"], field: Callable[[Tilted], Tensor], beta: float, centre: float, seed: int = 0
+) -> Interval:
+    """95% interval of one prompt's tilted moment, by resampling its draws; centred at the jackknifed estimate."""
+    n, rng = len(reward), Generator().manual_seed(seed)
+    rows = torch.randint(n, (REPLICATES, n), generator=rng)
+    counts = torch.zeros(REPLICATES, n, dtype=reward.dtype).scatter_add_(1, rows, torch.ones_like(rows, dtype=reward.dtype))
+    values = field(tilt(reward, torch.tensor([beta], dtype=reward.dtype), counts))[:, 0]
+    values = values - values.mean() + centre
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return Interval(centre, low, high)
+
+
+def best_of_n(reward: Float[Tensor, "N"], n: int) -> tuple[float, float]:
+    """Mean reward and KL to the prior of best-of-n, on the empirical distribution of one prompt's rewards.
+
+    A draw's probability ratio to the prior is (F^n - F_-^n) / (F - F_-), equal for draws of the same reward.
+    """
+    values, counts = reward.unique(return_counts=True)
+    share = counts.double() / len(reward)
+    upto = share.cumsum(0).clamp(max=1.0)
+    mass = upto**n - (upto - share).clamp(min=0) ** n
+    kl = torch.where(mass > 0, mass * (mass / share).log(), 0.0).sum()
+    return float((mass * values).sum()), float(kl)
+
+
+def plan(
+    target: Target,
+    prompts: Prompts | Sequence[Any],
+    *,
+    samples: int = 64,
+    beta: float | None = None,
+    kl_budget: float | None = None,
+    reward_goal: float | None = None,
+    scored: Scored | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Predict the reward-KL frontier over beta from prior samples.
+
+    Args:
+        samples: prior draws a prompt.
+        beta, kl_budget, reward_goal: choose a point by its temperature, by the nats a prompt that the policy may move, or by
+            the mean reward it should reach. At most one; without any it is the target's beta.
+        scored: prior draws that are there already; nothing is drawn then.
+
+    Raises:
+        InputError: if the budget or goal is out of reach, with the range that can be reached.
+    """
+    if sum(choice is not None for choice in (beta, kl_budget, reward_goal)) > 1:
+        raise InputError("beta, kl_budget and reward_goal are three ways to choose the same thing; give one of them")
+    if scored is None:
+        encoded = target.prior.encode(prompts)
+        scored = target.score(target.prior.draw(encoded, samples, Generator().manual_seed(seed)))
+    if not len(scored):
+        raise InputError("no completion has a reward: all were dropped; look at the reward function")
+    sample = _Sample.of(scored, target.beta)
+    notes = _warnings(scored, sample)
+    frontier = sample.points(_grid(sample, target.beta if beta is None else beta))
+    if kl_budget is not None:
+        beta = _solve(sample, kl_budget, "kl", "kl_budget", "nats")
+    elif reward_goal is not None:
+        beta = _solve(sample, reward_goal, "reward", "reward_goal", "reward")
+    chosen = sample.point(target.beta if beta is None else beta)
+    prior = sample._interval(torch.stack([r.mean() for r in sample.rewards]), lambda t: t.reward, math.inf)
+    powers = [2**i for i in range(1, 12) if 2**i <= sample.n // 2]
+    return Plan(
+        prior_reward=prior,
+        frontier=tuple(frontier),
+        best_of_n=tuple(_best_of_n_point(sample, n) for n in powers),
+        chosen=chosen,
+        per_prompt=tuple(_prompt_plan(sample, p, chosen.beta) for p in range(len(sample.rewards))),
+        notes=(*notes, *_limits(sample, frontier, chosen)),
+        samples=sample.n,
+        scored=scored,
+        beta=target.beta,
+    )
+
+
+def _grid(sample: _Sample, beta: float) -> Float[Tensor, "G"]:
+    """Temperatures from hardly any tilt to hardly any draw left, even in log beta; `beta` is inside."""
+    spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
+    low, high = min(spread / 6, beta / 2), max(spread * 10, beta * 2)
+    return torch.logspace(math.log10(high), math.log10(low), GRID, dtype=torch.float64)
+
+
+def _solve(sample: _Sample, goal: float, field: str, name: str, unit: str) -> float:
+    """The beta at which the mean over prompts of `field` is `goal`; it falls as beta grows."""
+    spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
+    betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
+    values = getattr(sample.tilts(betas), field).mean(0)
+    if not float(values[0]) <= goal <= float(values[-1]):
+        raise InputError(
+            f"{name} is {goal:g}, but with these draws the frontier goes from {float(values[0]):.3g} to "
+            f"{float(values[-1]):.3g} {unit}; choose a value in between, or draw more samples"
+        )
+    return float(betas[int((values >= goal).nonzero()[0])])
+
+
+def _best_of_n_point(sample: _Sample, n: int) -> BestOfNPoint:
+    pairs = [best_of_n(r, n) for r in sample.rewards]
+    reward, kl = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    return BestOfNPoint(n, reward, kl, math.log(n) - (n - 1) / n)
+
+
+def _prompt_plan(sample: _Sample, prompt: int, beta: float) -> PromptPlan:
+    reward = sample.rewards[prompt]
+    at = torch.tensor([beta], dtype=torch.float64)
+    mean, plain = tilt_jackknife(reward, at), tilt(reward, at)
+    n = len(reward)
+    relative = float(n / plain.ess[0] - 1)
+    kl = bootstrap(reward, lambda t: t.kl, beta, float(mean.kl[0]), seed=prompt)
+    return PromptPlan(
+        prompt=sample.names[prompt],
+        n=n,
+        prior_reward=float(reward.mean()),
+        reward=bootstrap(reward, lambda t: t.reward, beta, float(mean.reward[0]), seed=prompt),
+        kl=replace(kl, low=max(0.0, kl.low), value=max(0.0, kl.value)),
+        log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
+        ess=float(plain.ess[0]),
+        pareto_k=pareto_k(reward / beta),
+        reliable=MARGIN * math.exp(float(plain.kl[0])) <= n,
+    )
+
+
+def _warnings(scored: Scored, sample: _Sample) -> list[str]:
+    notes = []
+    draws = scored.draws
+    cut = float((~draws.ended).double().mean())
+    if cut > 0.5 and len(draws):
+        cap = int(draws.lengths.max())
+        notes.append(
+            f"{cut:.0%} of the completions were cut at max_new_tokens = {cap}; that is part of the target, so raise "
+            f"max_new_tokens if your reward judges whole texts."
+        )
+    if all(float(r.std()) == 0 for r in sample.rewards):
+        notes.append("Every completion of a prompt got the same reward: there is nothing to learn at any beta.")
+    texts = {}
+    for prompt, text in zip(draws.prompt_index.tolist(), draws.texts, strict=True):
+        texts.setdefault(prompt, set()).add(text)
+    if all(len(found) == 1 for found in texts.values()) and sample.n > 1:
+        notes.append("All completions of every prompt are equal: the prior has collapsed; check temperature and model.")
+    if scored.dropped:
+        notes.append(f"{scored.dropped} completions had no usable reward and were dropped; the target leaves them out.")
+    return notes
+
+
+def _limits(sample: _Sample, frontier: Sequence[FrontierPoint], chosen: FrontierPoint | None) -> list[str]:
+    """The sentence on what the draws cannot tell."""
+    reliable = [point for point in frontier if point.reliable]
+    if not reliable:
+        return [f"{sample.n} samples a prompt cannot say anything about these betas; draw ~{frontier[0].needed}."]
+    notes = []
+    last = reliable[-1]
+    if last is not frontier[-1]:
+        beyond = frontier[min(len(frontier) - 1, frontier.index(last) + 6)]
+        wanted = _extrapolated_need(sample, last.beta, min(beyond.beta, chosen.beta if chosen else math.inf))
+        notes.append(
+            f"Below beta = {last.beta:.2g} (beyond {last.kl.value:.2f} nats) {sample.n} samples a prompt cannot say; for beta = "
+            f"{min(beyond.beta, chosen.beta if chosen else math.inf):.2g} draw ~{wanted}."
+        )
+    if chosen is not None and not chosen.reliable:
+        notes.append(
+            f"The chosen beta = {chosen.beta:.3g} is below that: its prediction is a guess. Draw ~{chosen.needed} samples."
+        )
+    return notes
+
+
+def _extrapolated_need(sample: _Sample, trusted: float, wanted: float) -> int:
+    """Draws needed at a smaller beta, continuing the KL from where it can be trusted: dKL/dlambda = lambda Var r."""
+    at = torch.tensor([trusted, trusted * 1.05], dtype=torch.float64)
+    kl = sample.tilts(at, jackknife=False).kl.quantile(SHARE, 0)
+    slope = float(kl[0] - kl[1]) / (1 / trusted**2 - 1 / (1.05 * trusted) ** 2)
+    grown = float(kl[0]) + slope * (1 / wanted**2 - 1 / trusted**2)
+    return _round_up(MARGIN * math.exp(min(grown, 30.0)))
+
+
+def _round_up(number: float) -> int:
+    """Two significant digits, upwards."""
+    digit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / digit) * digit

@@ -1,0 +1,60 @@
+"""Exponential tilting of one sample: what its rewards say about every temperature.
+
+With x_1..x_n from the prior and lambda = 1 / beta, the weights exp(lambda r_i) turn the same sample into one of
+p*_beta: kappa(lambda) = log mean exp(lambda r), reward kappa'(lambda), KL(p* || pi0) = lambda kappa' - kappa.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """Moments of tilted samples; the leading axes are whatever the caller made them."""
+
+    reward: Float[Tensor, "... G"]
+    kl: Float[Tensor, "... G"]
+    log_z: Float[Tensor, "... G"]
+    ess: Float[Tensor, "... G"]
+
+
+def tilt(
+    reward: Float[Tensor, "N"], betas: Float[Tensor, "G"], counts: Float[Tensor, "... N"] | None = None
+) -> Tilted:
+    """Tilt one prompt's prior sample to each temperature.
+
+    Args:
+        counts: how often each draw counts; ones by default. Bootstrap replicates are rows of counts.
+    """
+    if counts is None:
+        counts = torch.ones_like(reward)
+    scaled = reward[:, None] / betas
+    peak = scaled.amax(0)
+    w = (scaled - peak).exp()
+    s0, s1, s2 = counts @ w, counts @ (w * reward[:, None]), counts @ w.square()
+    return _moments(s0, s1, s2, counts.sum(-1)[..., None], peak, betas)
+
+
+def tilt_jackknife(reward: Float[Tensor, "N"], betas: Float[Tensor, "G"]) -> Tilted:
+    """The same with the bias of order 1 / n taken out by the jackknife (Quenouille 1956); ESS and log Z are plain."""
+    n = len(reward)
+    full = tilt(reward, betas)
+    if n < 2:
+        return full
+    without = tilt(reward, betas, torch.ones(n, n, dtype=reward.dtype) - torch.eye(n, dtype=reward.dtype))
+
+    def corrected(theta: Tensor, left_out: Tensor) -> Tensor:
+        return n * theta - (n - 1) * left_out.mean(0)
+
+    return Tilted(corrected(full.reward, without.reward), corrected(full.kl, without.kl), full.log_z, full.ess)
+
+
+def _moments(s0: Tensor, s1: Tensor, s2: Tensor, n: Tensor, peak: Tensor, betas: Tensor) -> Tilted:
+    mean = s1 / s0
+    log_z = s0.log() - n.log() + peak
+    return Tilted(mean, mean / betas - log_z, log_z, s0.square() / s2)

@@ -1,0 +1,120 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step-000010` with tensors (safetensors), JSON, and a manifest of SHA-256 sums. It is written
+under a temporary name, synced, and renamed, so that a folder of that name is always whole; what is damaged later
+is found by its sums. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltlm.errors import InputError, TiltWarning
+
+FORMAT = 1
+NAME = re.compile(r"step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on: tensors by name, and plain values."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`.
+
+    Raises:
+        InputError: if the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{checkpoint.step:06d}"
+    unfinished = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir()
+        save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}, unfinished / "state.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(checkpoint.values, indent=1))
+        sums = {path.name: _sum(path) for path in sorted(unfinished.iterdir())}
+        manifest = {"format": FORMAT, "step": checkpoint.step, "sha256": sums}
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in unfinished.iterdir():
+            _sync(path)
+        _sync(unfinished)
+        if final.exists():  # a damaged one of the same step
+            shutil.rmtree(final)
+        os.rename(unfinished, final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        last = steps(folder)
+        kept = f"the last good checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
+        raise InputError(
+            f"checkpoint {final} cannot be written ({error.strerror or error}); {kept}: make room or choose another "
+            f"out folder, then go on with --resume"
+        ) from error
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old:06d}", ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of which there is a checkpoint, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for path in folder.iterdir() if (m := NAME.search(path.name)))
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None. A damaged one is named in a warning and passed over."""
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step:06d}"
+        fault = damage(path)
+        if fault is None:
+            values = json.loads((path / "state.json").read_text())
+            return Checkpoint(step, load_file(path / "state.safetensors"), values)
+        warnings.warn(f"checkpoint {path} is damaged ({fault}); the one before it is used", TiltWarning, stacklevel=2)
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for name, expected in manifest["sha256"].items():
+            if _sum(path / name) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

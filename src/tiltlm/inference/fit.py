@@ -1,0 +1,343 @@
+"""`fit`: the one training loop. draw → score → loss → step, for any training engine.
+
+All randomness of a step is a function of (seed, step), so a resumed run needs no generator state and goes on bit
+for bit; and the loss is a function of log-probabilities, so a batch that does not fit into memory is cut into
+micro-batches without the engine knowing, and without changing its gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from tiltlm.diagnostics.certificate import Certificate, certify
+from tiltlm.errors import InputError
+from tiltlm.inference import checkpoint
+from tiltlm.inference.monitor import Metrics, Monitor
+from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
+from tiltlm.inference.training.rloo import RLOO
+from tiltlm.lm.adapters import LoRA
+from tiltlm.lm.score import batches
+from tiltlm.protocols import Policy, TrainingEngine
+from tiltlm.records import Forward, Info, Prompts, Scored
+from tiltlm.target import Target, require_finite
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the loop; what belongs to a method is on its engine.
+
+    Attributes:
+        steps: updates of the weights (times the engine's `updates` a batch).
+        batch: prompts a step.
+        lr: learning rate of AdamW, after a warm-up of `warmup` steps and under `schedule`.
+        clip: largest norm of the gradient.
+        micro_tokens: most completion tokens in one pass with gradient; bounds memory, not the result.
+        certify_every: certificate every so many steps, 0 for none.
+        certify_samples: draws a prompt in it.
+        patience: stop after so many certificates without a better ELBO, 0 to go on to the end.
+        checkpoint_every: checkpoint every so many steps; with `out` only.
+    """
+
+    steps: int = 40
+    batch: int = 4
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 2
+    schedule: Schedule = "linear"
+    micro_tokens: int = 1024
+    certify_every: int = 0
+    certify_samples: int = 16
+    patience: int = 0
+    checkpoint_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.lr < 1:
+            raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-4")
+
+
+def fit(
+    target: Target,
+    prompts: Prompts | Sequence[Any],
+    engine: TrainingEngine[Any] | None = None,
+    *,
+    policy: Policy | None = None,
+    lora: LoRA | None = LoRA(),
+    start: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    monitor: Monitor | None = None,
+    prior_draws: Scored | None = None,
+    settings: Training | None = None,
+    **changes: Any,
+) -> Any:
+    """Train a policy towards the posterior.
+
+    Args:
+        engine: how; `RLOO()` by default.
+        policy: the policy to train, instead of a new one made from the prior with `lora` and `start`.
+        lora: the adapter to train; None trains all weights.
+        start: folder of an adapter to start from. The KL's reference remains the target's prior.
+        out: folder for checkpoints and `metrics.jsonl`; nothing is written without it.
+        resume: go on from the newest whole checkpoint in `out`.
+        monitor: where progress and metrics go; a progress bar by default.
+        prior_draws: the plan's draws, which save the certificate its exact samples.
+        settings: see `Training`; `changes` are single fields of it.
+
+    Returns:
+        The policy, trained.
+
+    Raises:
+        InputError: for settings that make no sense, or a checkpoint that is not of this run.
+    """
+    engine = engine or RLOO()
+    settings = replace(settings or Training(), **changes)
+    encoded = target.prior.encode(prompts)
+    if policy is None:
+        policy = target.prior.policy(lora=lora, start=start, seed=settings.seed)
+    loop = _Loop(target, encoded, engine, policy, settings, Path(out) if out else None, prior_draws)
+    monitor = monitor or Monitor(out=Path(out) if out else None)
+    with monitor:
+        loop.run(monitor, resume)
+    return policy
+
+
+class _Loop:
+    def __init__(
+        self,
+        target: Target,
+        prompts: Prompts,
+        engine: TrainingEngine[Any],
+        policy: Policy,
+        settings: Training,
+        out: Path | None,
+        prior_draws: Scored | None,
+    ) -> None:
+        self.target, self.prompts, self.engine, self.policy = target, prompts, engine, policy
+        self.settings, self.out, self.prior_draws = settings, out, prior_draws
+        self.state = engine.init(prompts)
+        trained = dict(policy.named_parameters())
+        if isinstance(self.state, nn.Module):
+            trained |= {f"engine:{name}": value for name, value in self.state.named_parameters()}
+        self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay)
+        self.best_elbo, self.stale = -float("inf"), 0
+
+    def run(self, monitor: Monitor, resume: bool) -> None:
+        first = self._restore(monitor, resume)
+        monitor.start(self.settings.steps, first)
+        for step in range(first, self.settings.steps):
+            metrics = self._step(step)
+            done = step + 1
+            if self.settings.certify_every and done % self.settings.certify_every == 0:
+                certificate = self._certify()
+                metrics |= {"certificate": certificate.as_dict()}
+                self._judge(certificate)
+            monitor.log(done, metrics)
+            last = done == self.settings.steps or self._should_stop()
+            if self.out and (done % self.settings.checkpoint_every == 0 or last):
+                self._save(done, monitor)
+            if last:
+                break
+
+    def _step(self, step: int) -> Metrics:
+        began = time.perf_counter()
+        prompts = self.prompts.select(batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed))
+        draws = self.policy.draw(prompts, self.engine.group, generator(self.settings.seed, "draw", step))
+        drawn = time.perf_counter()
+        scored = require_finite(self.target.score(draws))
+        if not len(scored):
+            raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
+        judged = time.perf_counter()
+        loss, info, norm = torch.zeros(()), {}, 0.0
+        for update in range(self.engine.updates):
+            loss, info = accumulate(
+                self.policy, self.engine, scored, self.state, self.settings.micro_tokens, self.optimiser, fresh=update == 0
+            )
+            factor = learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.schedule)
+            norm = self.optimiser.step(self.settings.clip, factor)
+        ended = time.perf_counter()
+        tokens = int(draws.mask.sum())
+        reward = self.target.beta * scored.log_evidence.double()
+        kl = (scored.draws.log_q.double() - scored.log_prior.double()).sum(-1)
+        parts = {f"reward/{name}": float(value.mean()) for name, value in scored.rewards.items()}
+        return {
+            "reward": float(reward.mean()),
+            "kl_prior": float(kl.mean()),
+            "elbo": float(scored.log_weight.double().mean()),
+            "loss": float(loss),
+            "grad_norm": norm,
+            "length": float(scored.draws.lengths.double().mean()),
+            "truncated": float((~scored.draws.ended).double().mean()),
+            "dropped": scored.dropped,
+            "tokens_per_second": tokens / (ended - began),
+            "seconds": ended - began,
+            "seconds_draw": drawn - began,
+            "seconds_score": judged - drawn,
+            "seconds_update": ended - judged,
+            **parts,
+            **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
+        }
+
+    def _certify(self) -> Certificate:
+        return certify(
+            self.policy,
+            self.target,
+            self.prompts,
+            samples=self.settings.certify_samples,
+            prior_draws=self.prior_draws,
+            exact_budget=0,
+            seed=self.settings.seed,
+        )
+
+    def _judge(self, certificate: Certificate) -> None:
+        better = certificate.elbo.value > self.best_elbo
+        self.stale = 0 if better else self.stale + 1
+        self.best_elbo = max(self.best_elbo, certificate.elbo.value)
+
+    def _should_stop(self) -> bool:
+        return 0 < self.settings.patience <= self.stale
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for prompt, mask in zip(self.prompts.tokens, self.prompts.mask, strict=True):
+            digest.update(str(prompt[mask].tolist()).encode())
+        return {
+            "model": self.policy.fingerprint(),
+            "prompts": digest.hexdigest()[:16],
+            "engine": repr(self.engine),
+            "seed": self.settings.seed,
+            "steps": self.settings.steps,
+            "batch": self.settings.batch,
+            "lr": self.settings.lr,
+            "beta": self.target.beta,
+            "weights": sorted(self.optimiser.parameters)[:1] + [len(self.optimiser.parameters)],
+        }
+
+    def _save(self, step: int, monitor: Monitor) -> None:
+        assert self.out is not None
+        buffers = dict(self.state.named_buffers()) if isinstance(self.state, nn.Module) else {}
+        tensors = self.optimiser.tensors() | {f"buffer.{name}": value for name, value in buffers.items()}
+        values = {
+            "identity": self._identity(),
+            "metrics_bytes": monitor.position(),
+            "best_elbo": self.best_elbo if self.best_elbo > -float("inf") else None,
+            "stale": self.stale,
+        }
+        checkpoint.write(self.out / "checkpoints", checkpoint.Checkpoint(step, tensors, values))
+
+    def _restore(self, monitor: Monitor, resume: bool) -> int:
+        if self.out is None:
+            if resume:
+                raise InputError("resume is on, but there is no out folder to resume from; give out")
+            return 0
+        folder = self.out / "checkpoints"
+        if not resume:
+            if checkpoint.steps(folder):
+                raise InputError(
+                    f"out {str(self.out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
+                )
+            return 0
+        saved = checkpoint.latest(folder)
+        if saved is None:
+            return 0
+        for name, value in self._identity().items():
+            before = saved.values["identity"].get(name)
+            if before != value:
+                raise InputError(
+                    f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with the "
+                    f"same settings, or choose another out folder"
+                )
+        self.optimiser.restore(saved.tensors)
+        if isinstance(self.state, nn.Module):
+            for name, value in self.state.named_buffers():
+                value.copy_(saved.tensors[f"buffer.{name}"])
+        self.stale = int(saved.values["stale"])
+        best = saved.values["best_elbo"]
+        self.best_elbo = -float("inf") if best is None else float(best)
+        monitor.rewind(int(saved.values["metrics_bytes"]))
+        return saved.step
+
+
+def accumulate(
+    policy: Policy,
+    engine: TrainingEngine[Any],
+    scored: Scored,
+    state: Any,
+    micro_tokens: int,
+    optimiser: Optimiser,
+    *,
+    fresh: bool,
+) -> tuple[Tensor, Info]:
+    """Put the loss's gradient into the optimiser, in passes of at most about `micro_tokens` completion tokens.
+
+    The loss sees the policy only through `Forward`. So first it is evaluated on the values alone, which gives its
+    derivative with respect to every log-probability; then each micro-batch is run once with gradient and delivers its part.
+    The engine sees the whole batch, whatever the memory.
+
+    Args:
+        fresh: the policy has not changed since it drew, so the values are known from drawing.
+    """
+    needs, draws = engine.claim.needs, scored.draws
+    parts = list(batches(draws, micro_tokens))
+    if len(parts) == 1:
+        loss, info = engine.loss(policy.forward(draws, needs), scored, state)
+        loss.backward()
+        optimiser.gather()
+        return loss.detach(), info
+    if fresh and needs == {"log_q"}:
+        values = Forward(draws.log_q)
+    else:
+        with torch.no_grad():
+            values = _join([policy.forward(draws.select(rows), needs) for rows in parts])
+    leaves = _map(values, lambda t: t.detach().clone().requires_grad_())
+    loss, info = engine.loss(leaves, scored, state)
+    loss.backward()
+    for rows in parts:
+        forward = policy.forward(draws.select(rows), needs)
+        pairs = [(out, leaf.grad[rows]) for out, leaf in zip(forward.leaves(), leaves.leaves(), strict=True) if leaf.grad is not None]
+        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+        optimiser.gather()
+    return loss.detach(), info
+
+
+def _map(forward: Forward, change: Callable[[Tensor], Tensor]) -> Forward:
+    return Forward(**{name: None if t is None else change(t) for name, t in vars(forward).items()})
+
+
+def _join(parts: Sequence[Forward]) -> Forward:
+    names = vars(parts[0])
+    return Forward(**{n: None if names[n] is None else torch.cat([getattr(p, n) for p in parts]) for n in names})
+
+
+def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
+    """The prompts of a step: every prompt once an epoch, in an order that depends on seed and epoch only."""
+    chosen: list[int] = []
+    position = step * size
+    while len(chosen) < min(size, prompts):
+        epoch, offset = divmod(position, prompts)
+        order = torch.randperm(prompts, generator=generator(seed, "order", epoch)).tolist()
+        taken = order[offset : offset + min(size, prompts) - len(chosen)]
+        chosen += taken
+        position += len(taken)
+    return chosen
+
+
+def generator(seed: int, purpose: str, number: int) -> Generator:
+    """A random generator of its own for every purpose and step."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+__all__ = ["Training", "accumulate", "fit"]

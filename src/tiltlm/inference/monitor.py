@@ -1,0 +1,110 @@
+"""Progress and metrics of a run: a bar to look at, a JSONL file always, trackers on request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tiltlm.errors import InputError
+
+Metrics = dict[str, Any]
+
+
+class Monitor:
+    """Where `fit` reports to.
+
+    Args:
+        out: folder of `metrics.jsonl`; None writes no file.
+        trackers: names that accelerate knows: "tensorboard", "wandb", "trackio".
+        console: where the bar is drawn; None draws none.
+    """
+
+    def __init__(
+        self,
+        out: Path | None = None,
+        trackers: Sequence[str] = (),
+        console: Console | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._path = out / "metrics.jsonl" if out else None
+        self._trackers = tuple(trackers)
+        self._config = dict(config or {})
+        self._accelerator: Any = None
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Monitor:
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+            except OSError as error:
+                raise InputError(
+                    f"out {str(self._path.parent)!r} cannot be written ({error.strerror}); choose another folder"
+                ) from error
+        if self._trackers:
+            self._accelerator = _trackers(self._trackers, self._path.parent if self._path else Path("."), self._config)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+    def start(self, steps: int, done: int) -> None:
+        """Show the bar."""
+        self._progress.start()
+        self._task = self._progress.add_task("train", total=steps, completed=done, status="")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """One step's metrics."""
+        status = (
+            f"E r {metrics['reward']:.3f}  KL {metrics['kl_prior']:.2f}  ELBO {metrics['elbo']:.2f}  "
+            f"{metrics['tokens_per_second']:.0f} tok/s"
+        )
+        self._progress.update(self._task, completed=step, status=status)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._accelerator is not None:
+            flat = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._accelerator.log(flat, step=step)
+
+    def position(self) -> int:
+        """Bytes of the metrics so far; a checkpoint keeps it, so that a resumed run does not log a step twice."""
+        return self._path.stat().st_size if self._path is not None else 0
+
+    def rewind(self, position: int) -> None:
+        """Forget what was logged after a checkpoint."""
+        if self._path is not None:
+            with self._path.open("r+b") as file:
+                file.truncate(position)
+
+
+def _trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Any:
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+        plain = {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)}
+        accelerator.init_trackers("tiltlm", config=plain)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"tracker {', '.join(names)} cannot be used ({error}); install it, or choose tensorboard, wandb or trackio"
+        ) from error
+    return accelerator
