@@ -1,10 +1,10 @@
 """TiltLM: steering and fine-tuning language models as Bayesian inference.
 
-    lm     = tl.load("smollm2-135m-instruct")
-    target = lm.prior(max_new_tokens=24) * tl.Reward(sentiment, beta=0.25, bounds=(-1, 1))
-    print(tl.plan(target, prompts))
-    policy = tl.fit(target, prompts, engine=tl.RLOO(group=8), steps=40)
-    print(tl.certify(policy, target, prompts))
+lm     = tl.load("smollm2-135m-instruct")
+target = lm.prior(max_new_tokens=24) * tl.Reward(sentiment, beta=0.25, bounds=(-1, 1))
+print(tl.plan(target, prompts))
+policy = tl.fit(target, prompts, engine=tl.RLOO(group=8), steps=40)
+print(tl.certify(policy, target, prompts))
 """
 
 from __future__ import annotations
@@ -55,7 +55,31 @@ _HOME = {
     "plan": "diagnostics.frontier",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "RLOO",
+    "BestOfN",
+    "Certificate",
+    "Draws",
+    "Estimate",
+    "Importance",
+    "InputError",
+    "Interval",
+    "LanguageModel",
+    "LoRA",
+    "Plan",
+    "Prompts",
+    "Rejection",
+    "Reward",
+    "Scored",
+    "Target",
+    "TiltWarning",
+    "Training",
+    "Weighted",
+    "certify",
+    "fit",
+    "load",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

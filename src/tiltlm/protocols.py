@@ -72,7 +72,8 @@ class Claim:
 class Sampler(Protocol):
     """A law over completions that one can draw from."""
 
-    law: Law
+    @property
+    def law(self) -> Law: ...
 
     def encode(self, data: Prompts | Sequence[Any]) -> Prompts:
         """Turn texts, messages or rows into `Prompts`; `Prompts` pass through."""
@@ -150,11 +151,10 @@ class TrainingEngine(Protocol[State]):
 
     claim: ClassVar[Claim]
 
-    @property
-    def group(self) -> int: ...
+    updates: ClassVar[int]
 
     @property
-    def updates(self) -> int: ...
+    def group(self) -> int: ...
 
     def init(self, prompts: Prompts) -> State:
         """What the engine carries along: an `nn.Module` to be trained with the policy, or None."""
@@ -169,14 +169,12 @@ class DecodingEngine(Protocol):
     """A way to posterior samples without training.
 
     An engine whose output is a choice among independent draws also has
-    `selection(target, scored) -> Float[Tensor, "B"]`, the probability that each of the given draws is the one returned;
+    `selection(target, scored) -> Float[Tensor, " B"]`, the probability that each of the given draws is the one returned;
     the conformance suite proves its law by enumeration with it.
     """
 
     claim: ClassVar[Claim]
 
-    def sample(
-        self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator
-    ) -> Weighted:
+    def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Weighted draws of every prompt."""
         ...

@@ -69,8 +69,8 @@ class Draws:
     prompts: Prompts
     tokens: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
-    ended: Bool[Tensor, "B"]
-    prompt_index: Int[Tensor, "B"]
+    ended: Bool[Tensor, " B"]
+    prompt_index: Int[Tensor, " B"]
     log_q: Float[Tensor, "B T"]
     texts: tuple[str, ...]
     sampler: str = ""
@@ -79,12 +79,12 @@ class Draws:
         return len(self.texts)
 
     @property
-    def lengths(self) -> Int[Tensor, "B"]:
+    def lengths(self) -> Int[Tensor, " B"]:
         """Tokens in each completion, the EOS included."""
         return self.mask.sum(-1)
 
     @property
-    def log_prob(self) -> Float[Tensor, "B"]:
+    def log_prob(self) -> Float[Tensor, " B"]:
         """Log-probability of each whole completion under the sampling law."""
         return self.log_q.sum(-1)
 
@@ -135,9 +135,9 @@ class Likelihood:
         kept: False for completions that the evidence could not judge and that the user chose to drop.
     """
 
-    log: Float[Tensor, "B"]
-    rewards: Mapping[str, Float[Tensor, "B"]]
-    kept: Bool[Tensor, "B"]
+    log: Float[Tensor, " B"]
+    rewards: Mapping[str, Float[Tensor, " B"]]
+    kept: Bool[Tensor, " B"]
 
 
 @dataclass(frozen=True)
@@ -153,20 +153,20 @@ class Scored:
 
     draws: Draws
     log_prior: Float[Tensor, "B T"]
-    log_evidence: Float[Tensor, "B"]
-    rewards: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)
+    log_evidence: Float[Tensor, " B"]
+    rewards: Mapping[str, Float[Tensor, " B"]] = field(default_factory=dict)
     dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.draws)
 
     @property
-    def log_target(self) -> Float[Tensor, "B"]:
+    def log_target(self) -> Float[Tensor, " B"]:
         """log pi0(x|c) + r(x, c) / beta: the posterior up to log Z(c)."""
         return self.log_prior.sum(-1) + self.log_evidence
 
     @property
-    def log_weight(self) -> Float[Tensor, "B"]:
+    def log_weight(self) -> Float[Tensor, " B"]:
         """Importance log-weight of each draw for the posterior, log pi0 + r / beta - log q."""
         return self.log_target - self.draws.log_prob
 
@@ -208,7 +208,7 @@ class Weighted:
     """
 
     scored: Scored
-    log_w: Float[Tensor, "B"]
+    log_w: Float[Tensor, " B"]
     log_z: tuple[Estimate, ...] | None = None
 
     def kept(self) -> Weighted:

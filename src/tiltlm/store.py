@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tiltlm.errors import InputError
@@ -43,8 +44,9 @@ def save_scored(scored: Scored, folder: Path, key: str) -> None:
         partial = folder / "draws.json.tmp"
         partial.write_text(json.dumps(values, default=str))
         os.replace(partial, folder / "draws.json")  # last, so that its presence means that all is there
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error}); choose another out folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{folder} cannot be written ({reason}); make room or choose another out folder") from error
 
 
 def load_scored(folder: Path, key: str) -> Scored | None:
@@ -54,7 +56,7 @@ def load_scored(folder: Path, key: str) -> Scored | None:
         if values["key"] != key:
             return None
         tensors = load_file(folder / "draws.safetensors")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None
     texts = tuple(t if isinstance(t, str) else tuple(t) for t in values["prompts"])
     columns = {name: tuple(column) for name, column in values["columns"].items()}

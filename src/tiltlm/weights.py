@@ -14,22 +14,22 @@ from torch import Generator, Tensor
 from tiltlm.records import Estimate
 
 
-def group_sum(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+def group_sum(values: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
     """Sum of the rows of each prompt."""
     return torch.zeros(groups, dtype=values.dtype).index_add_(0, index, values)
 
 
-def group_count(index: Int[Tensor, "B"], groups: int) -> Int[Tensor, "P"]:
+def group_count(index: Int[Tensor, " B"], groups: int) -> Int[Tensor, " P"]:
     """Rows of each prompt."""
     return torch.bincount(index, minlength=groups)
 
 
-def group_mean(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+def group_mean(values: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
     """Mean of the rows of each prompt; NaN for a prompt without rows."""
     return group_sum(values, index, groups) / group_count(index, groups)
 
 
-def group_logsumexp(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+def group_logsumexp(values: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
     """log sum exp of the rows of each prompt; -inf for a prompt without rows."""
     peak = torch.full((groups,), -torch.inf, dtype=values.dtype)
     peak = peak.scatter_reduce(0, index, values, "amax")
@@ -37,7 +37,7 @@ def group_logsumexp(values: Float[Tensor, "B"], index: Int[Tensor, "B"], groups:
     return group_sum((values - shift[index]).exp(), index, groups).log() + shift
 
 
-def leave_one_out(values: Float[Tensor, "B"], index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+def leave_one_out(values: Float[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Each value minus the mean of the other rows of its prompt (Kool et al. 2019).
 
     A row alone with its prompt has no baseline and keeps its value, which is still unbiased.
@@ -48,21 +48,19 @@ def leave_one_out(values: Float[Tensor, "B"], index: Int[Tensor, "B"]) -> Float[
     return values - others / (count - 1).clamp(min=1)
 
 
-def normalise(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "B"]:
+def normalise(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " B"]:
     """Weights that sum to one within each prompt; zero where a prompt's weights all vanish."""
     total = group_logsumexp(log_w, index, groups)[index]
     return torch.where(total > -torch.inf, (log_w - total).exp(), 0.0)
 
 
-def ess(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> Float[Tensor, "P"]:
+def ess(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
     """Kish's effective sample size (sum w)^2 / sum w^2 of each prompt."""
-    return (
-        2 * group_logsumexp(log_w, index, groups) - group_logsumexp(2 * log_w, index, groups)
-    ).exp()
+    return (2 * group_logsumexp(log_w, index, groups) - group_logsumexp(2 * log_w, index, groups)).exp()
 
 
 def resample(
-    log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int, n: int, rng: Generator
+    log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int, n: int, rng: Generator
 ) -> Int[Tensor, "P n"]:
     """Draw `n` rows of each prompt in proportion to exp(log_w); -1 where a prompt has no weight."""
     chosen = torch.full((groups, n), -1)
@@ -74,7 +72,7 @@ def resample(
     return chosen
 
 
-def pareto_k(log_w: Float[Tensor, "N"]) -> float:
+def pareto_k(log_w: Float[Tensor, " N"]) -> float:
     """Shape of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024, PSIS).
 
     Below 0.7 an importance-sampling mean from these weights can be trusted; above, its error shrinks so
@@ -104,7 +102,7 @@ def pareto_k(log_w: Float[Tensor, "N"]) -> float:
     return float((k * tail + 0.5 * 10) / (tail + 10))
 
 
-def log_mean_weight(log_w: Float[Tensor, "B"], index: Int[Tensor, "B"], groups: int) -> tuple[Estimate, ...]:
+def log_mean_weight(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> tuple[Estimate, ...]:
     """log of each prompt's mean weight: by Jensen's inequality a lower bound of log Z in expectation.
 
     The standard error is the delta method's, sd(w) / (mean(w) sqrt n).

@@ -228,7 +228,7 @@ def _among(scored: Scored, prompts: Prompts, index: Sequence[int]) -> Scored:
     )
 
 
-def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, "B"]:
+def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, " B"]:
     """An unbiased KL(q || pi0) from each draw: exact per token where the sampler can tell, else log q - log pi0."""
     if sampler is target.prior:
         return torch.zeros(len(scored), dtype=torch.float64)
@@ -237,7 +237,7 @@ def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, 
     return (scored.draws.log_q - scored.log_prior).double().sum(-1)
 
 
-def prompt_bounds(log_w: Float[Tensor, "N"], log_w_exact: Float[Tensor, "M"], pooled_variance: float) -> Bounds:
+def prompt_bounds(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], pooled_variance: float) -> Bounds:
     """Bounds of KL(q || p*) for one prompt.
 
     Lower: log mean w - mean log w over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
@@ -266,7 +266,7 @@ def prompt_bounds(log_w: Float[Tensor, "N"], log_w_exact: Float[Tensor, "M"], po
     return Bounds(elbo, log_mean - mean_log, stderr, high, high_stderr, ess, m)
 
 
-def upper_terms(log_w: Float[Tensor, "N"], log_w_exact: Float[Tensor, "M"]) -> Float[Tensor, "M"]:
+def upper_terms(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
     """log of the mean weight of one exact sample and N - 1 draws of q; each bounds log Z from above in expectation."""
     n = len(log_w)
     others = log_w.logsumexp(0) + math.log((n - 1) / n)
@@ -320,7 +320,7 @@ def _assemble(
         exact_samples=sum(b.exact for b in bounds),
         diversity=diversity(scored.draws),
         per_prompt=per_prompt,
-        notes=tuple([*notes, *_cautions(scored)]),
+        notes=(*notes, *_cautions(scored)),
         scored=scored,
     )
 
@@ -335,7 +335,7 @@ def _log_z(elbo: Estimate, gap: Estimate, kind: Any) -> Estimate:
     return Estimate(elbo.value + gap.value, math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
 
 
-def _group_estimate(values: Float[Tensor, "B"], index: Tensor, prompts: int, samples: int) -> Estimate:
+def _group_estimate(values: Float[Tensor, " B"], index: Tensor, prompts: int, samples: int) -> Estimate:
     groups = [values[index == p] for p in range(prompts)]
     return _mean([float(g.mean()) for g in groups], [float(g.std()) / math.sqrt(len(g)) for g in groups], samples)
 

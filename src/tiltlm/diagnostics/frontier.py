@@ -146,7 +146,11 @@ class Plan:
                 f"{point.beta:8.3g}  {point.reward!s:>22}  {point.kl!s:>22}  {point.ess:6.1f}  {point.needed:12d} {mark}"
             )
         head = f"prior: E r = {self.prior_reward}, {self.samples} draws a prompt"
-        chosen = [f"chosen beta {self.chosen.beta:.3g}: E r {self.chosen.reward}, KL {self.chosen.kl}"] if self.chosen else []
+        chosen = (
+            [f"chosen beta {self.chosen.beta:.3g}: E r {self.chosen.reward}, KL {self.chosen.kl}"]
+            if self.chosen
+            else []
+        )
         return "\n".join([head, *rows, *chosen, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,7 +170,7 @@ class Plan:
 class _Sample:
     """Prior rewards by prompt."""
 
-    rewards: tuple[Float[Tensor, "n"], ...]
+    rewards: tuple[Float[Tensor, " n"], ...]
     names: tuple[str, ...]
 
     @classmethod
@@ -181,7 +185,7 @@ class _Sample:
     def n(self) -> int:
         return min(len(r) for r in self.rewards)
 
-    def tilts(self, betas: Float[Tensor, "G"], *, jackknife: bool = True) -> Tilted:
+    def tilts(self, betas: Float[Tensor, " G"], *, jackknife: bool = True) -> Tilted:
         """Estimates of every prompt, (P, G)."""
         parts = [(tilt_jackknife if jackknife else tilt)(r, betas) for r in self.rewards]
         fields = ("reward", "kl", "log_z", "ess")
@@ -190,7 +194,7 @@ class _Sample:
     def point(self, beta: float) -> FrontierPoint:
         return self.points(torch.tensor([beta], dtype=torch.float64))[0]
 
-    def points(self, betas: Float[Tensor, "G"]) -> list[FrontierPoint]:
+    def points(self, betas: Float[Tensor, " G"]) -> list[FrontierPoint]:
         tilted, plain = self.tilts(betas), self.tilts(betas, jackknife=False)
         points = []
         for g, beta in enumerate(betas.tolist()):
@@ -213,7 +217,7 @@ class _Sample:
         return points
 
     def _interval(
-        self, values: Float[Tensor, "P"], field: Callable[[Tilted], Tensor], beta: float, floor: float = -math.inf
+        self, values: Float[Tensor, " P"], field: Callable[[Tilted], Tensor], beta: float, floor: float = -math.inf
     ) -> Interval:
         """For prompts like these: Student's t over prompts, whose estimates carry their own sampling noise.
 
@@ -229,19 +233,21 @@ class _Sample:
 
 
 def bootstrap(
-    reward: Float[Tensor, "N"], field: Callable[[Tilted], Tensor], beta: float, centre: float, seed: int = 0
+    reward: Float[Tensor, " N"], field: Callable[[Tilted], Tensor], beta: float, centre: float, seed: int = 0
 ) -> Interval:
     """95% interval of one prompt's tilted moment, by resampling its draws; centred at the jackknifed estimate."""
     n, rng = len(reward), Generator().manual_seed(seed)
     rows = torch.randint(n, (REPLICATES, n), generator=rng)
-    counts = torch.zeros(REPLICATES, n, dtype=reward.dtype).scatter_add_(1, rows, torch.ones_like(rows, dtype=reward.dtype))
+    counts = torch.zeros(REPLICATES, n, dtype=reward.dtype).scatter_add_(
+        1, rows, torch.ones_like(rows, dtype=reward.dtype)
+    )
     values = field(tilt(reward, torch.tensor([beta], dtype=reward.dtype), counts))[:, 0]
     values = values - values.mean() + centre
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return Interval(centre, low, high)
 
 
-def best_of_n(reward: Float[Tensor, "N"], n: int) -> tuple[float, float]:
+def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
     """Mean reward and KL to the prior of best-of-n, on the empirical distribution of one prompt's rewards.
 
     A draw's probability ratio to the prior is (F^n - F_-^n) / (F - F_-), equal for draws of the same reward.
@@ -306,7 +312,7 @@ def plan(
     )
 
 
-def _grid(sample: _Sample, beta: float) -> Float[Tensor, "G"]:
+def _grid(sample: _Sample, beta: float) -> Float[Tensor, " G"]:
     """Temperatures from hardly any tilt to hardly any draw left, even in log beta; `beta` is inside."""
     spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
     low, high = min(spread / 6, beta / 2), max(spread * 10, beta * 2)

@@ -24,7 +24,7 @@ class Tilted:
 
 
 def tilt(
-    reward: Float[Tensor, "N"], betas: Float[Tensor, "G"], counts: Float[Tensor, "... N"] | None = None
+    reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], counts: Float[Tensor, "... N"] | None = None
 ) -> Tilted:
     """Tilt one prompt's prior sample to each temperature.
 
@@ -40,7 +40,7 @@ def tilt(
     return _moments(s0, s1, s2, counts.sum(-1)[..., None], peak, betas)
 
 
-def tilt_jackknife(reward: Float[Tensor, "N"], betas: Float[Tensor, "G"]) -> Tilted:
+def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> Tilted:
     """The same with the bias of order 1 / n taken out by the jackknife (Quenouille 1956); ESS and log Z are plain."""
     n = len(reward)
     full = tilt(reward, betas)

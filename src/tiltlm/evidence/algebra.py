@@ -56,22 +56,35 @@ class Scaled(Algebra):
 
 @dataclass(frozen=True)
 class Sum(Algebra):
-    """Evidence from several sources: likelihoods multiply, so their logarithms add."""
+    """Evidence from several sources: likelihoods multiply, so their logarithms add.
+
+    Attributes:
+        temperature: divides the sum of terms whose own temperatures differ; their reward is then in nats.
+    """
 
     terms: tuple[Any, ...]
+    temperature: float = 1.0
 
     @property
     def beta(self) -> float:
-        """The common temperature of the terms; where they differ there is none, and rewards are in nats."""
+        """The common temperature of the terms; where they differ, the sum's own."""
+        return self._common or self.temperature
+
+    @property
+    def _common(self) -> float | None:
         betas = {term.beta for term in self.terms}
-        return betas.pop() if len(betas) == 1 else 1.0
+        return betas.pop() if len(betas) == 1 else None
+
+    @property
+    def _divisor(self) -> float:
+        return 1.0 if self._common else self.temperature
 
     @property
     def log_bounds(self) -> tuple[float, float] | None:
         ends = [term.log_bounds for term in self.terms]
         if any(end is None for end in ends):
             return None
-        return sum(low for low, _ in ends), sum(high for _, high in ends)
+        return sum(low for low, _ in ends) / self._divisor, sum(high for _, high in ends) / self._divisor
 
     def log_likelihood(self, draws: Draws) -> Likelihood:
         first, *rest = [term.log_likelihood(draws) for term in self.terms]
@@ -83,7 +96,10 @@ class Sum(Algebra):
                 while unique in rewards:
                     unique += "'"
                 rewards[unique] = value
-        return Likelihood(log, rewards, kept)
+        return Likelihood(log / self._divisor, rewards, kept)
 
     def at(self, beta: float) -> Sum:
-        return Sum(tuple(term.at(term.beta * beta / self.beta) for term in self.terms))
+        """The same rewards at another temperature: of every term where they share one, else of the sum."""
+        if self._common:
+            return Sum(tuple(term.at(beta) for term in self.terms))
+        return Sum(self.terms, beta)

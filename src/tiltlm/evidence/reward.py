@@ -31,9 +31,9 @@ class Reward(Algebra):
         bounds: smallest and largest reward the function can return. They make rejection exact and give the
             certificate its upper side; a value outside them is an error, because then they were not bounds.
         name: how the reward is called in logs; the function's name by default.
-        on_error: what to do with a completion whose reward is missing, not finite or out of bounds: "fail" stops with the
-            completion's text, "drop" leaves the completion out and counts it. The target is then conditioned on having
-            a reward.
+        on_error: what to do with a completion for which the function raises, or whose reward is missing, no finite number
+            or out of bounds: "fail" stops with the completion's text, "drop" leaves the completion out and counts it. The
+            target is then conditioned on having a reward. (What does not return one value a completion always fails.)
     """
 
     fn: RewardFunction
@@ -60,36 +60,37 @@ class Reward(Algebra):
 
     def log_likelihood(self, draws: Draws) -> Likelihood:
         """r / beta of each completion, checked; see `on_error`."""
-        reward = self.values(draws)
-        wrong = torch.tensor([self._fault(value) is not None for value in reward.tolist()], dtype=torch.bool)
-        if wrong.any() and self.on_error == "fail":
-            row = int(wrong.nonzero()[0])
+        returned = self._returned(draws)
+        faults = [self._fault(value) for value in returned]
+        wrong = next((row for row, fault in enumerate(faults) if fault is not None), None)
+        if wrong is not None and self.on_error == "fail":
             raise InputError(
-                f"reward {self.label!r} {self._fault(float(reward[row]))} for completion {draws.texts[row]!r:.120}; mend the "
-                f"reward, or set on_error: drop to leave such completions out"
+                f"reward {self.label!r} {faults[wrong]} for completion {draws.texts[wrong]!r:.120}; mend the reward, or set "
+                f"on_error: drop to leave such completions out"
             )
-        reward = torch.where(wrong, torch.nan, reward)
-        return Likelihood(reward / self.beta, {self.label: reward}, ~wrong)
+        kept = torch.tensor([fault is None for fault in faults], dtype=torch.bool)
+        numbers = [float(value) if fault is None else math.nan for value, fault in zip(returned, faults, strict=True)]
+        reward = torch.tensor(numbers, dtype=torch.float64)
+        return Likelihood(reward / self.beta, {self.label: reward}, kept)
 
-    def values(self, draws: Draws) -> torch.Tensor:
-        """What the function returned, as float64; NaN where it returned None."""
+    def _returned(self, draws: Draws) -> Sequence[Any]:
+        """What the function says of each completion: a value, or the exception that it raised for it."""
         if not len(draws):
-            return torch.zeros(0, dtype=torch.float64)
+            return []
         try:
-            returned = self.fn(**self._arguments(draws))
+            returned: Any = self.fn(**self._arguments(draws))
         except InputError:
             raise
         except Exception as error:
-            row = f"the first of {len(draws)} completions is {draws.texts[0]!r:.120}"
-            raise InputError(
-                f"reward {self.label!r} raised {type(error).__name__}: {error}; {row}; mend the reward and go on with --resume"
-            ) from error
+            return self._one_by_one(draws, error)
         if isinstance(returned, torch.Tensor):
             raise InputError(
                 f"reward {self.label!r} returned a tensor of shape {tuple(returned.shape)}; return a list with one number a "
                 f"completion, for example rewards.tolist()"
             )
-        if not isinstance(returned, Sequence) and not hasattr(returned, "tolist"):
+        if hasattr(returned, "tolist"):  # arrays and series
+            returned = returned.tolist()
+        if not isinstance(returned, Sequence) or isinstance(returned, str):
             raise InputError(
                 f"reward {self.label!r} returned {type(returned).__name__}; return a list with one number a completion"
             )
@@ -97,25 +98,42 @@ class Reward(Algebra):
             raise InputError(
                 f"reward {self.label!r} returned {len(returned)} values for {len(draws)} completions; return one a completion"
             )
-        return torch.tensor([self._number(value) for value in returned], dtype=torch.float64)
+        return returned
+
+    def _one_by_one(self, draws: Draws, error: Exception) -> Sequence[Any]:
+        """The function raised for a batch: find the completions at fault (the first of them, if that is the end)."""
+        values: list[Any] = []
+        for row in range(len(draws)):
+            try:
+                (value,) = self.fn(**self._arguments(draws.select(torch.tensor([row]))))
+            except Exception as own:
+                value = own
+            values.append(value)
+            if isinstance(value, Exception) and self.on_error == "fail":
+                return [*values, *[0.0] * (len(draws) - len(values))]
+        if not any(isinstance(value, Exception) for value in values):
+            raise InputError(
+                f"reward {self.label!r} {_raised(error)} for {len(draws)} completions together, though for none of them alone; "
+                f"mend the reward"
+            ) from error
+        return values
 
     @property
     def log_bounds(self) -> tuple[float, float] | None:
         """The bounds of r / beta, None where the reward's bounds are unknown."""
         return None if self.bounds is None else (self.bounds[0] / self.beta, self.bounds[1] / self.beta)
 
-    def _number(self, value: Any) -> float:
-        if value is None:
-            return math.nan
+    def _fault(self, returned: Any) -> str | None:
+        """What is wrong with a completion's reward, None if nothing is."""
+        if isinstance(returned, Exception):
+            return _raised(returned)
+        if returned is None:
+            return "is None"
         try:
-            return float(value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"reward {self.label!r} returned {value!r:.60}, which is not a number") from error
-
-    def _fault(self, value: float) -> str | None:
-        if math.isnan(value):
-            return "is None or NaN"
-        if math.isinf(value):
+            value = float(returned)
+        except (TypeError, ValueError):
+            return f"is {returned!r:.60}, which is not a number,"
+        if not math.isfinite(value):
             return f"is {value}"
         if self.bounds is not None and not self.bounds[0] - 1e-9 <= value <= self.bounds[1] + 1e-9:
             return f"is {value}, outside its declared bounds [{self.bounds[0]}, {self.bounds[1]}],"
@@ -144,3 +162,8 @@ class Reward(Algebra):
                 f"completion_ids) nor the prompt file's columns ({', '.join(columns) or 'none'})"
             )
         return {name: available[name] for name in names if name in available}
+
+
+def _raised(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return f"raised {type(error).__name__} ({message})" if message else f"raised {type(error).__name__}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,7 +50,9 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         for leftover in folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
         unfinished.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}, unfinished / "state.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}, unfinished / "state.safetensors"
+        )
         (unfinished / "state.json").write_text(json.dumps(checkpoint.values, indent=1))
         sums = {path.name: _sum(path) for path in sorted(unfinished.iterdir())}
         manifest = {"format": FORMAT, "step": checkpoint.step, "sha256": sums}
@@ -61,12 +64,13 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
             shutil.rmtree(final)
         os.rename(unfinished, final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         last = steps(folder)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         kept = f"the last good checkpoint is step {last[-1]}" if last else "there is no checkpoint yet"
         raise InputError(
-            f"checkpoint {final} cannot be written ({error.strerror or error}); {kept}: make room or choose another "
+            f"checkpoint {final} cannot be written ({reason}); {kept}: make room or choose another "
             f"out folder, then go on with --resume"
         ) from error
     for old in steps(folder)[:-keep]:
@@ -78,18 +82,22 @@ def steps(folder: Path) -> list[int]:
     """Steps of which there is a checkpoint, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(m[1]) for path in folder.iterdir() if (m := NAME.search(path.name)))
+    return sorted(int(m[1]) for path in folder.iterdir() if (m := NAME.match(path.name)))
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None. A damaged one is named in a warning and passed over."""
-    for step in reversed(steps(folder)):
+    found = steps(folder)
+    for step in reversed(found):
         path = folder / f"step-{step:06d}"
         fault = damage(path)
         if fault is None:
             values = json.loads((path / "state.json").read_text())
             return Checkpoint(step, load_file(path / "state.safetensors"), values)
-        warnings.warn(f"checkpoint {path} is damaged ({fault}); the one before it is used", TiltWarning, stacklevel=2)
+        instead = (
+            "the one before it is used" if step != found[0] else "there is none before it, so training starts anew"
+        )
+        warnings.warn(f"checkpoint {path} is damaged ({fault}); {instead}", TiltWarning, stacklevel=2)
     return None
 
 

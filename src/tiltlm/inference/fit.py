@@ -8,11 +8,12 @@ micro-batches without the engine knowing, and without changing its gradient.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -28,6 +29,9 @@ from tiltlm.lm.score import batches
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import Forward, Info, Prompts, Scored
 from tiltlm.target import Target, require_finite
+
+SAME_RUN = ("seed", "steps", "batch", "lr", "schedule", "warmup", "clip", "weight_decay")
+"""Settings that a resumed run must share with the one it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,19 @@ class Training:
         for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup", "certify_every", "patience", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 < self.lr < 1:
             raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-4")
+        if not self.clip > 0:
+            raise InputError(f"clip is {self.clip}; it must be positive, for example 1.0")
+        if self.schedule not in get_args(Schedule):
+            raise InputError(f"schedule is {self.schedule!r}; choose {', '.join(get_args(Schedule))}")
+        if self.patience and not self.certify_every:
+            raise InputError(
+                f"patience is {self.patience}, but certify_every is 0, so there is no ELBO to wait for; set certify_every"
+            )
 
 
 def fit(
@@ -105,9 +120,13 @@ def fit(
     engine = engine or RLOO()
     settings = replace(settings or Training(), **changes)
     encoded = target.prior.encode(prompts)
+    made_of = ""
     if policy is None:
         policy = target.prior.policy(lora=lora, start=start, seed=settings.seed)
-    loop = _Loop(target, encoded, engine, policy, settings, Path(out) if out else None, prior_draws)
+        made_of = f"{lora}" if start is None else f"started from {start}"
+    loop = _Loop(target, encoded, engine, policy, settings, Path(out) if out else None, prior_draws, made_of)
+    if loop.out is not None and not resume:
+        refuse_earlier(loop.out)
     monitor = monitor or Monitor(out=Path(out) if out else None)
     with monitor:
         loop.run(monitor, resume)
@@ -124,7 +143,9 @@ class _Loop:
         settings: Training,
         out: Path | None,
         prior_draws: Scored | None,
+        made_of: str,
     ) -> None:
+        self.made_of = made_of
         self.target, self.prompts, self.engine, self.policy = target, prompts, engine, policy
         self.settings, self.out, self.prior_draws = settings, out, prior_draws
         self.state = engine.init(prompts)
@@ -137,6 +158,8 @@ class _Loop:
     def run(self, monitor: Monitor, resume: bool) -> None:
         first = self._restore(monitor, resume)
         monitor.start(self.settings.steps, first)
+        if self._should_stop():  # a resumed run that had stopped early
+            return
         for step in range(first, self.settings.steps):
             metrics = self._step(step)
             done = step + 1
@@ -163,7 +186,13 @@ class _Loop:
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
             loss, info = accumulate(
-                self.policy, self.engine, scored, self.state, self.settings.micro_tokens, self.optimiser, fresh=update == 0
+                self.policy,
+                self.engine,
+                scored,
+                self.state,
+                self.settings.micro_tokens,
+                self.optimiser,
+                fresh=update == 0,
             )
             factor = learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.schedule)
             norm = self.optimiser.step(self.settings.clip, factor)
@@ -210,19 +239,18 @@ class _Loop:
         return 0 < self.settings.patience <= self.stale
 
     def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
+        digest, weights = hashlib.sha256(), self.optimiser.parameters
         for prompt, mask in zip(self.prompts.tokens, self.prompts.mask, strict=True):
             digest.update(str(prompt[mask].tolist()).encode())
         return {
             "model": self.policy.fingerprint(),
             "prompts": digest.hexdigest()[:16],
-            "engine": repr(self.engine),
-            "seed": self.settings.seed,
-            "steps": self.settings.steps,
-            "batch": self.settings.batch,
-            "lr": self.settings.lr,
+            "law": str(self.policy.law),
             "beta": self.target.beta,
-            "weights": sorted(self.optimiser.parameters)[:1] + [len(self.optimiser.parameters)],
+            "engine": re.sub(r" at 0x[0-9a-f]+", "", repr(self.engine)),
+            "policy": self.made_of,
+            "weights": f"{sum(v.numel() for v in weights.values())} numbers in {len(weights)} tensors",
+            **{name: getattr(self.settings, name) for name in SAME_RUN},
         }
 
     def _save(self, step: int, monitor: Monitor) -> None:
@@ -243,14 +271,9 @@ class _Loop:
                 raise InputError("resume is on, but there is no out folder to resume from; give out")
             return 0
         folder = self.out / "checkpoints"
-        if not resume:
-            if checkpoint.steps(folder):
-                raise InputError(
-                    f"out {str(self.out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
-                )
-            return 0
-        saved = checkpoint.latest(folder)
+        saved = checkpoint.latest(folder) if resume else None
         if saved is None:
+            monitor.rewind(0)  # of a run that ended before its first checkpoint
             return 0
         for name, value in self._identity().items():
             before = saved.values["identity"].get(name)
@@ -268,6 +291,18 @@ class _Loop:
         self.best_elbo = -float("inf") if best is None else float(best)
         monitor.rewind(int(saved.values["metrics_bytes"]))
         return saved.step
+
+
+def refuse_earlier(out: Path) -> None:
+    """Raise if a run in this folder has got somewhere.
+
+    Raises:
+        InputError: if it holds checkpoints, which a new run would replace.
+    """
+    if checkpoint.steps(out / "checkpoints"):
+        raise InputError(
+            f"out {str(out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
+        )
 
 
 def accumulate(
@@ -306,7 +341,11 @@ def accumulate(
     loss.backward()
     for rows in parts:
         forward = policy.forward(draws.select(rows), needs)
-        pairs = [(out, leaf.grad[rows]) for out, leaf in zip(forward.leaves(), leaves.leaves(), strict=True) if leaf.grad is not None]
+        pairs = [
+            (out, leaf.grad[rows])
+            for out, leaf in zip(forward.leaves(), leaves.leaves(), strict=True)
+            if leaf.grad is not None
+        ]
         torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
         optimiser.gather()
     return loss.detach(), info
@@ -324,11 +363,12 @@ def _join(parts: Sequence[Forward]) -> Forward:
 def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
     """The prompts of a step: every prompt once an epoch, in an order that depends on seed and epoch only."""
     chosen: list[int] = []
+    size = min(size, prompts)
     position = step * size
-    while len(chosen) < min(size, prompts):
+    while len(chosen) < size:
         epoch, offset = divmod(position, prompts)
         order = torch.randperm(prompts, generator=generator(seed, "order", epoch)).tolist()
-        taken = order[offset : offset + min(size, prompts) - len(chosen)]
+        taken = order[offset : offset + size - len(chosen)]
         chosen += taken
         position += len(taken)
     return chosen
@@ -340,4 +380,4 @@ def generator(seed: int, purpose: str, number: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-__all__ = ["Training", "accumulate", "fit"]
+__all__ = ["Training", "accumulate", "fit", "refuse_earlier"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ class Monitor:
     Args:
         out: folder of `metrics.jsonl`; None writes no file.
         trackers: names that accelerate knows: "tensorboard", "wandb", "trackio".
-        console: where the bar is drawn; None draws none.
+        console: where the bar is drawn; stderr by default.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Monitor:
                     f"out {str(self._path.parent)!r} cannot be written ({error.strerror}); choose another folder"
                 ) from error
         if self._trackers:
-            self._accelerator = _trackers(self._trackers, self._path.parent if self._path else Path("."), self._config)
+            self._accelerator = _trackers(self._trackers, self._path.parent if self._path else Path(), self._config)
         return self
 
     def __exit__(
@@ -79,8 +80,14 @@ class Monitor:
         )
         self._progress.update(self._task, completed=step, status=status)
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            line = json.dumps(plain({"step": step, **metrics})) + "\n"
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise InputError(
+                    f"{self._path} cannot be written ({error.strerror}); make room, then go on with --resume"
+                ) from error
         if self._accelerator is not None:
             flat = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
             self._accelerator.log(flat, step=step)
@@ -91,14 +98,31 @@ class Monitor:
 
     def rewind(self, position: int) -> None:
         """Forget what was logged after a checkpoint."""
-        if self._path is not None:
+        if self._path is not None and position < self.position():
             with self._path.open("r+b") as file:
                 file.truncate(position)
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON has it: no NaN and no infinity, they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
 def _trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Any:
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
+    absent = [name for name in names if name not in map(str, get_available_trackers())]
+    if absent:  # accelerate would say nothing and log nowhere
+        raise InputError(f"tracker {absent[0]!r} is not installed; install it, or choose tensorboard, wandb or trackio")
     try:
         accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
         plain = {k: v for k, v in config.items() if isinstance(v, int | float | str | bool)}

@@ -27,13 +27,13 @@ class Prefix:
     mask: Bool[Tensor, "P L"]
     last: Float[Tensor, "P D"]
 
-    def rows(self, index: Int[Tensor, "B"]) -> Prefix:
+    def rows(self, index: Int[Tensor, " B"]) -> Prefix:
         """A copy for the rows in `index`; the original cache is left as it is."""
         index = index.to(self.last.device)
         return Prefix(select_cache(self.cache, index), self.mask[index], self.last[index])
 
 
-def select_cache(cache: DynamicCache, index: Int[Tensor, "B"]) -> DynamicCache:
+def select_cache(cache: DynamicCache, index: Int[Tensor, " B"]) -> DynamicCache:
     """A cache that holds the rows in `index`; differentiable, and the original keeps its rows."""
     chosen = DynamicCache.__new__(type(cache))
     chosen.__dict__.update(cache.__dict__)

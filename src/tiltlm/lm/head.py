@@ -101,7 +101,7 @@ class _ChunkedLogProb(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         features, weight, bias, targets, jacobian = ctx.saved_tensors
         to_features = to_weight = to_bias = None
         if jacobian is not None:
@@ -128,8 +128,8 @@ def _residual(log_p: Tensor, targets: Tensor, scale: float, law: Law) -> Tensor:
 
 
 def token_log_prob(
-    features: Float[Tensor, "N D"], head: Head, targets: Int[Tensor, "N"], law: Law
-) -> Float[Tensor, "N"]:
+    features: Float[Tensor, "N D"], head: Head, targets: Int[Tensor, " N"], law: Law
+) -> Float[Tensor, " N"]:
     """log-probability of `targets` under the law at each row, differentiable in features and head."""
     if head.is_linear:
         assert head.weight is not None
@@ -151,9 +151,7 @@ class _ChunkedKL(torch.autograd.Function):
     """KL(q || p) at each row with respect to q's features; d KL_i / d h_i is kept for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, head: Head, prior_features: Tensor, prior_head: Head, law: Law
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, head: Head, prior_features: Tensor, prior_head: Head, law: Law) -> Tensor:
         assert head.weight is not None
         kl = at_least_float32(features.new_empty(len(features)))
         jacobian = torch.empty_like(features) if ctx.needs_input_grad[0] else None
@@ -171,7 +169,7 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (jacobian,) = ctx.saved_tensors
         return grad[:, None].to(jacobian.dtype) * jacobian, None, None, None, None
 
@@ -182,7 +180,7 @@ def token_kl(
     prior_features: Float[Tensor, "N D"],
     prior_head: Head,
     law: Law,
-) -> Float[Tensor, "N"]:
+) -> Float[Tensor, " N"]:
     """Exact KL(q || p) over the vocabulary at each row; differentiable in q's features and head."""
     trains_head = head.weight is not None and head.weight.requires_grad and torch.is_grad_enabled()
     if head.is_linear and not trains_head:

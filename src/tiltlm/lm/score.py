@@ -29,7 +29,7 @@ def completion_features(backbone: Backbone, draws: Draws) -> tuple[Float[Tensor,
     return features[mask.to(features.device)], mask
 
 
-def scatter(values: Float[Tensor, "N"], mask: Bool[Tensor, "B T"], width: int) -> Float[Tensor, "B W"]:
+def scatter(values: Float[Tensor, " N"], mask: Bool[Tensor, "B T"], width: int) -> Float[Tensor, "B W"]:
     """Put the values of real tokens back in place, 0 elsewhere, padded to `width` columns."""
     table = torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values.cpu())
     return torch.nn.functional.pad(table, (0, width - mask.shape[1]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tiltlm.errors import InputError
@@ -84,7 +85,7 @@ def _text(value: Any, number: int, chat: bool | None) -> Text:
 def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], number: int) -> list[int]:
     if isinstance(text, str):
         ids = list(tokenizer(text)["input_ids"])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        while len(ids) > 1 and ids[-1] in eos and not text.endswith(tokenizer.decode(ids[-1])):
+        while len(ids) > 1 and ids[-1] in eos and not text.endswith(str(tokenizer.decode(ids[-1]))):
             ids.pop()  # some tokenizers end every text; a prompt is not the end
     else:
         ids = _template(text, tokenizer, number)
@@ -103,12 +104,18 @@ def _template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, numbe
             f"model, or give the prompt as plain text"
         )
     answering = messages[-1]["role"] == "assistant"
-    text = tokenizer.apply_chat_template(
-        [dict(m) for m in messages],
-        tokenize=False,
-        add_generation_prompt=not answering,
-        continue_final_message=answering,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tokenize=False,
+            add_generation_prompt=not answering,
+            continue_final_message=answering,
+        )
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"prompt {number} does not fit the model's chat template ({reason[:160]}); mend its messages"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
 
 

@@ -70,16 +70,16 @@ class Exact:
     beta: float
 
     @property
-    def log_prior(self) -> Float[Tensor, "K"]:
+    def log_prior(self) -> Float[Tensor, " K"]:
         return self.scored.log_prior.sum(-1).double()
 
     @property
-    def reward(self) -> Float[Tensor, "K"]:
+    def reward(self) -> Float[Tensor, " K"]:
         """beta times the log-likelihood."""
         return self.beta * self.scored.log_evidence.double()
 
     @property
-    def log_joint(self) -> Float[Tensor, "K"]:
+    def log_joint(self) -> Float[Tensor, " K"]:
         """log pi0 + r / beta."""
         return self.log_prior + self.scored.log_evidence.double()
 
@@ -88,18 +88,18 @@ class Exact:
         return float(self.log_joint.logsumexp(0))
 
     @property
-    def log_posterior(self) -> Float[Tensor, "K"]:
+    def log_posterior(self) -> Float[Tensor, " K"]:
         return self.log_joint - self.log_joint.logsumexp(0)
 
-    def log_prob(self, sampler: Sampler) -> Float[Tensor, "K"]:
+    def log_prob(self, sampler: Sampler) -> Float[Tensor, " K"]:
         """log q of every completion under another sampler of the same law."""
         return sampler.log_prob(replace(self.scored.draws, sampler="")).sum(-1).double()
 
-    def mean_reward(self, log_q: Float[Tensor, "K"]) -> float:
+    def mean_reward(self, log_q: Float[Tensor, " K"]) -> float:
         """E_q r."""
         return float((log_q.exp() * self.reward).sum())
 
-    def elbo(self, log_q: Float[Tensor, "K"]) -> float:
+    def elbo(self, log_q: Float[Tensor, " K"]) -> float:
         """E_q[log pi0 + r / beta - log q] = log Z - KL(q || p*)."""
         return self.log_z - kl(log_q, self.log_posterior)
 
@@ -134,29 +134,29 @@ def posterior(target: Target, prompts: Prompts, prompt: int = 0, limit: int = LI
 # --- divergences between laws on the same list of completions, by their log-probabilities ---
 
 
-def kl(log_q: Float[Tensor, "K"], log_p: Float[Tensor, "K"]) -> float:
+def kl(log_q: Float[Tensor, " K"], log_p: Float[Tensor, " K"]) -> float:
     """KL(q || p) in nats."""
     q = log_q.exp()
     return float(torch.where(q > 0, q * (log_q - log_p), 0.0).sum())
 
 
-def chi2(log_p: Float[Tensor, "K"], log_q: Float[Tensor, "K"]) -> float:
+def chi2(log_p: Float[Tensor, " K"], log_q: Float[Tensor, " K"]) -> float:
     """chi^2(p || q) = sum p^2 / q - 1."""
     return float((2 * log_p - log_q).logsumexp(0).exp() - 1)
 
 
-def total_variation(log_q: Float[Tensor, "K"], log_p: Float[Tensor, "K"]) -> float:
+def total_variation(log_q: Float[Tensor, " K"], log_p: Float[Tensor, " K"]) -> float:
     """Half the L1 distance."""
     return float((log_q.exp() - log_p.exp()).abs().sum() / 2)
 
 
-def jensen_shannon(log_q: Float[Tensor, "K"], log_p: Float[Tensor, "K"]) -> float:
+def jensen_shannon(log_q: Float[Tensor, " K"], log_p: Float[Tensor, " K"]) -> float:
     """Mean KL of both to their average, in nats."""
     middle = torch.logaddexp(log_q, log_p) - np.log(2)
     return (kl(log_q, middle) + kl(log_p, middle)) / 2
 
 
-def entropy(log_q: Float[Tensor, "K"]) -> float:
+def entropy(log_q: Float[Tensor, " K"]) -> float:
     """Shannon entropy in nats."""
     return -float(torch.where(log_q > -torch.inf, log_q.exp() * log_q, 0.0).sum())
 
@@ -164,7 +164,7 @@ def entropy(log_q: Float[Tensor, "K"]) -> float:
 # --- laws of decoding engines ---
 
 
-def best_of_n_law(exact: Exact, n: int) -> Float[Tensor, "K"]:
+def best_of_n_law(exact: Exact, n: int) -> Float[Tensor, " K"]:
     """The law of the best of `n` prior draws, the first drawn among equals: pi0 (F^n - F_-^n) / (F - F_-).
 
     F and F_- are the prior's probabilities of a reward at most, and less than, the completion's
@@ -176,7 +176,7 @@ def best_of_n_law(exact: Exact, n: int) -> Float[Tensor, "K"]:
     return prior * ((less + equal) ** n - less**n) / equal
 
 
-def sir_law(exact: Exact, n: int) -> Float[Tensor, "K"]:
+def sir_law(exact: Exact, n: int) -> Float[Tensor, " K"]:
     """The law of one draw resampled from `n` prior draws in proportion to exp(r / beta).
 
     pi_n(x) = n pi0(x) w(x) E[1 / (w(x) + S)], S the sum of the other n - 1 weights; the expectation is the integral over

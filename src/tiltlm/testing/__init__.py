@@ -1,7 +1,7 @@
 """Public tools for testing engines and models: tabular languages, and the conformance suite.
 
-    from tiltlm.testing import check_engine
-    check_engine(MyEngine())
+from tiltlm.testing import check_engine
+check_engine(MyEngine())
 """
 
 from tiltlm.testing.conformance import Check, ClaimRefuted, check_engine, examine

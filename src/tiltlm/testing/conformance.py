@@ -73,7 +73,9 @@ def check_engine(engine: Any) -> tuple[Check, ...]:
     if failed:
         claim: Claim = engine.claim
         lines = "\n".join(f"  {check}" for check in failed)
-        raise ClaimRefuted(f"{type(engine).__name__} claims fixed point {claim.fixed_point}, bias {claim.bias}:\n{lines}")
+        raise ClaimRefuted(
+            f"{type(engine).__name__} claims fixed point {claim.fixed_point}, bias {claim.bias}:\n{lines}"
+        )
     return checks
 
 
@@ -130,7 +132,9 @@ class _Enumeration:
     def __init__(self, engine: Any, world: Language, policy: Any, exact: ex.Exact, offset: float = 0.0) -> None:
         draws = replace(exact.scored.draws, sampler="")
         log_q = policy.log_prob(draws).double()
-        scored = replace(exact.scored, draws=replace(draws, log_q=log_q), log_evidence=exact.scored.log_evidence + offset)
+        scored = replace(
+            exact.scored, draws=replace(draws, log_q=log_q), log_evidence=exact.scored.log_evidence + offset
+        )
         kl = policy.token_kl(draws).double() if "kl" in engine.claim.needs else None
         state = engine.init(world.prompts)
         probability = log_q.sum(-1).exp()
@@ -184,16 +188,24 @@ def _law_checks(engine: Any, world: Language, exact: ex.Exact, claim: Claim) -> 
     laws = {n: enumerated_law(replace(engine, n=n), world, exact) for n in (2, 3, 4)}
     if claim.fixed_point == "p*" and claim.bias == "none":
         for n, law in laws.items():
-            yield Check(f"law of an accepted draw is p*, {n} proposals", _gap(law, exact.log_posterior.exp()), TOLERANCE)
+            yield Check(
+                f"law of an accepted draw is p*, {n} proposals", _gap(law, exact.log_posterior.exp()), TOLERANCE
+            )
     elif claim.fixed_point == "p*" and claim.bias == "1/n":
         errors = {n: _gap(law, exact.log_posterior.exp()) for n, law in laws.items()}
         slope = math.log(errors[4] / errors[2]) / math.log(2) if errors[2] > 0 else -math.inf
         yield Check("error of the law falls like 1/n (slope in n, should be about -1)", slope, -0.5)
         first_order = max(abs(float(v)) for v in (4 * (laws[4] - exact.log_posterior.exp())).tolist())
-        yield Check("error of the law is of order 1/n", first_order, 4 * float(1 + ex.chi2(exact.log_posterior, exact.log_prior)))
+        yield Check(
+            "error of the law is of order 1/n",
+            first_order,
+            4 * float(1 + ex.chi2(exact.log_posterior, exact.log_prior)),
+        )
     elif claim.fixed_point == "best-of-n":
         for n, law in laws.items():
-            yield Check(f"law is that of the best of {n}, ties by order", _gap(law, ex.best_of_n_law(exact, n)), TOLERANCE)
+            yield Check(
+                f"law is that of the best of {n}, ties by order", _gap(law, ex.best_of_n_law(exact, n)), TOLERANCE
+            )
 
 
 def enumerated_law(engine: Any, world: Language, exact: ex.Exact) -> Tensor:

@@ -51,7 +51,7 @@ class TabularConfig(PreTrainedConfig):
         self.vocab_size, self.depth, self.prompt_length = vocab_size, depth, prompt_length
         self.max_position_embeddings = prompt_length + depth
         self.num_hidden_layers, self.hidden_size = 1, 1
-        super().__init__(eos_token_id=eos_token_id, tie_word_embeddings=False, **kwargs)
+        super().__init__(eos_token_id=eos_token_id, tie_word_embeddings=False, **kwargs)  # pyright: ignore[reportCallIssue]
 
     @property
     def prefixes(self) -> int:
@@ -144,11 +144,11 @@ class TabularLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> None:
         """There is no matrix behind the logits."""
-        return None
+        return
 
     def get_input_embeddings(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """There are no embeddings."""
-        return None
+        return
 
 
 def tabular_tokenizer(vocab_size: int, eos: int | None = None) -> PreTrainedTokenizerFast:

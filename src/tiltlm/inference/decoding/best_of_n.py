@@ -31,14 +31,12 @@ class BestOfN:
         if self.n < 1:
             raise ValueError(f"n is {self.n}; draw at least 1 completion")
 
-    def sample(
-        self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator
-    ) -> Weighted:
+    def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """`n` draws a prompt, all the weight on the best."""
         scored = target.score((proposal or target.prior).draw(prompts, self.n, rng))
         return Weighted(scored, self.selection(target, scored).log())
 
-    def selection(self, target: Target, scored: Scored) -> Float[Tensor, "B"]:
+    def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the one returned."""
         chosen = torch.zeros(len(scored), dtype=torch.float64)
         best_first = scored.log_evidence.argsort(descending=True, stable=True)  # stable: the first drawn among equals

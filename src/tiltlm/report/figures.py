@@ -1,0 +1,363 @@
+"""The report's pictures, as Plotly figures in the light palette on a transparent ground."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tiltlm.report.folder import Json, Run, finite
+from tiltlm.report.landing import at_beta, frontier_of, predicted, shortfall
+from tiltlm.report.palette import FONT, LIGHT
+from tiltlm.report.words import show, show_beta, spread
+
+
+
+def canvas(height: int, x: str, y: str = "", title: str = "") -> go.Figure:
+    """An empty figure: hairline grid, no box, room for what is said."""
+    axis: dict[str, Any] = {
+        "gridcolor": LIGHT["grid"],
+        "linecolor": LIGHT["rule"],
+        "tickcolor": LIGHT["rule"],
+        "zeroline": False,
+        "automargin": True,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickfont": {"color": LIGHT["muted"], "size": 12},
+        "title": {"font": {"color": LIGHT["muted"], "size": 13}, "standoff": 12},
+    }
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 13, "color": LIGHT["ink"]},
+        margin={"l": 12, "r": 12, "t": 40 if title else 16, "b": 12},
+        hovermode="closest",
+        hoverlabel={"bgcolor": LIGHT["paper"], "bordercolor": LIGHT["rule"], "font": {"color": LIGHT["ink"], "size": 13}},
+        hoverlabel_align="left",
+        dragmode=False,
+        showlegend=False,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "entrywidth": 1, "itemclick": False}
+        | {"font": {"color": LIGHT["muted"], "size": 13}, "itemdoubleclick": False},
+    )
+    if title:
+        style = {"size": 14, "color": LIGHT["ink"]}
+        figure.update_layout(title={"text": title, "x": 0, "xref": "container", "y": 1, "yref": "container", "font": style})
+        figure.update_layout(title_yanchor="top", title_pad={"t": 10, "l": 2})
+    figure.update_xaxes(**axis, title_text=x, showline=True)
+    figure.update_yaxes(**axis, title_text=y, showline=False)
+    return figure
+
+
+def frontier_figure(run: Run) -> go.Figure:
+    """Expected reward against KL to the prior: predicted over beta, best of n, and where the policy went."""
+    figure = canvas(560, "KL to the prior, nats a completion", "expected reward, reward units")
+    figure.update_layout(showlegend=True, margin={"r": 24, "t": 24})
+    points = frontier_of(run)
+    right = _reach(run, points)
+    _add_curve(figure, points)
+    _add_best_of_n(figure, run, right)
+    _add_prior(figure, run.plan["prior_reward"])
+    _add_path(figure, run.metrics)
+    _add_prediction(figure, run)
+    _add_policy(figure, run)
+    _add_betas(figure, run, points, right)
+    low, high = _heights(run, points, right)
+    pad = 0.07 * (high - low or 1.0)
+    figure.update_xaxes(range=[-0.025 * right, right])
+    figure.update_yaxes(range=[low - pad, high + pad])
+    return figure
+
+
+def _trusted(points: Sequence[Json]) -> int:
+    """How many points come before the first that the plan does not trust."""
+    return next((i for i, point in enumerate(points) if not point["reliable"]), len(points))
+
+
+def _reach(run: Run, points: Sequence[Json]) -> float:
+    """The right end of the picture: all that is trusted or happened, and only a glimpse of the rest."""
+    trusted = _trusted(points)
+    inside = [points[trusted - 1]["kl"]["value"] * 1.12] if trusted else [p["kl"]["value"] for p in points]
+    aim = predicted(run)
+    if aim is not None:
+        inside.append(1.15 * (finite(aim["kl"]["high"]) or aim["kl"]["value"]))
+    if run.certificate is not None:
+        value, _, high = spread(run.certificate["kl_prior"])
+        inside.append(1.12 * (high or value or 0.0))
+    inside += [1.08 * x for x, _ in smooth_path(run.metrics)]
+    return max([*inside, 1e-3])
+
+
+def _heights(run: Run, points: Sequence[Json], right: float) -> tuple[float, float]:
+    prior = run.plan["prior_reward"]
+    values: list[Any] = [prior["value"], prior["low"], *(y for _, y in smooth_path(run.metrics))]
+    for point in points:
+        if point["kl"]["value"] <= right:
+            values += [point["reward"][key] for key in ("value", "low", "high")]
+    values += [point["reward"] for point in run.plan["best_of_n"] if point["kl"] <= right]
+    if run.certificate is not None:
+        values += spread(run.certificate["reward"])
+    known = [number for value in values if (number := finite(value)) is not None]
+    return (min(known), max(known)) if known else (0.0, 1.0)
+
+
+def _add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
+    cut = _trusted(points)
+    near, far = points[:cut], points[max(0, cut - 1) :]
+    for part, tint in ((far, "posterior_far"), (near, "posterior_band")):
+        band = [p for p in part if finite(p["reward"]["low"]) is not None and finite(p["reward"]["high"]) is not None]
+        if len(band) > 1:
+            figure.add_scatter(
+                x=[p["kl"]["value"] for p in [*band, *reversed(band)]],
+                y=[p["reward"]["low"] for p in band] + [p["reward"]["high"] for p in reversed(band)],
+                fill="toself",
+                fillcolor=LIGHT[tint],
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                showlegend=False,
+            )
+    for part, name, rank, line in (
+        (far, "too few draws to tell", 7, {"color": LIGHT["prior"], "width": 2, "dash": "dot"}),
+        (near, "predicted frontier, 95%", 2, {"color": LIGHT["posterior"], "width": 2.5}),
+    ):
+        if len(part) > 1 or (part and part is near):
+            figure.add_scatter(
+                x=[p["kl"]["value"] for p in part],
+                y=[p["reward"]["value"] for p in part],
+                mode="lines",
+                line=line,
+                name=name,
+                legendrank=rank,
+                customdata=[
+                    [show_beta(p["beta"]), show(p["reward"]["low"]), show(p["reward"]["high"]), show(p["ess"], 1)] for p in part
+                ],
+                hovertemplate="<b>β = %{customdata[0]}</b><br>reward %{y:.3f} [%{customdata[1]}, %{customdata[2]}]"
+                "<br>KL %{x:.2f} nats<br>ESS %{customdata[3]}<extra></extra>",
+            )
+
+
+def _add_best_of_n(figure: go.Figure, run: Run, right: float) -> None:
+    points = [p for p in run.plan["best_of_n"] if p["kl"] <= right]
+    if not points:
+        return
+    figure.add_scatter(
+        x=[p["kl"] for p in points],
+        y=[p["reward"] for p in points],
+        mode="markers+text",
+        marker={"symbol": "diamond-open", "size": 9, "color": LIGHT["muted"], "line": {"width": 1.5}},
+        text=[f"best of {p['n']}" if p is points[0] else str(p["n"]) for p in points],
+        textposition="bottom right",
+        textfont={"size": 12, "color": LIGHT["muted"]},
+        name="best of n",
+        legendrank=4,
+        hovertemplate="<b>%{text}</b><br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
+    )
+
+
+def _add_prior(figure: go.Figure, prior: Json) -> None:
+    value, low, high = (finite(prior[key]) for key in ("value", "low", "high"))
+    if value is None:
+        return
+    figure.add_scatter(
+        x=[0.0],
+        y=[value],
+        error_y=_bars(value, low, high, LIGHT["prior"]),
+        mode="markers+text",
+        marker={"size": 11, "color": LIGHT["prior"]},
+        text=["prior"],
+        textposition="bottom right",
+        textfont={"size": 13, "color": LIGHT["muted"]},
+        name="prior",
+        legendrank=1,
+        hovertemplate=f"<b>prior</b><br>reward {show(value, 3)} [{show(low)}, {show(high)}]<extra></extra>",
+    )
+
+
+def _bars(value: float, low: float | None, high: float | None, colour: str) -> dict[str, Any]:
+    if low is None or high is None:
+        return {"visible": False}
+    ends = {"array": [high - value], "arrayminus": [value - low]}
+    return {"type": "data", "symmetric": False, "color": colour, "thickness": 1.6, "width": 4, **ends}
+
+
+def _pairs(metrics: Sequence[Json]) -> list[tuple[float, float]]:
+    both = [(finite(row.get("kl_prior")), finite(row.get("reward"))) for row in metrics]
+    return [(kl, reward) for kl, reward in both if kl is not None and reward is not None]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Centred mean over about a tenth of the run (three steps at least), narrower at the ends."""
+    half = max(1, len(values) // 20)
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
+
+
+def smooth_path(metrics: Sequence[Json]) -> list[tuple[float, float]]:
+    """(KL, reward) along training, smoothed."""
+    pairs = _pairs(metrics)
+    return list(zip(smooth([x for x, _ in pairs]), smooth([y for _, y in pairs]), strict=True))
+
+
+def _add_path(figure: go.Figure, metrics: Sequence[Json]) -> None:
+    raw, path = _pairs(metrics), smooth_path(metrics)
+    if not raw:
+        return
+    steps = [row["step"] for row in metrics if finite(row.get("kl_prior")) is not None and finite(row.get("reward")) is not None]
+    figure.add_scatter(
+        x=[x for x, _ in raw],
+        y=[y for _, y in raw],
+        mode="markers",
+        marker={"size": 5, "color": LIGHT["policy_faint"]},
+        customdata=steps,
+        showlegend=False,
+        hovertemplate="step %{customdata}<br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
+    )
+    figure.add_scatter(
+        x=[x for x, _ in path],
+        y=[y for _, y in path],
+        mode="lines",
+        line={"color": LIGHT["policy_soft"], "width": 1.5},
+        name="training, smoothed",
+        legendrank=5,
+        hoverinfo="skip",
+    )
+
+
+def _add_prediction(figure: go.Figure, run: Run) -> None:
+    aim = predicted(run)
+    if aim is None:
+        return
+    label = f"posterior at β = {show_beta(aim['beta'])}, predicted"
+    figure.add_scatter(
+        x=[aim["kl"]["value"]],
+        y=[aim["reward"]["value"]],
+        mode="markers",
+        marker={"size": 15, "color": LIGHT["paper"], "line": {"color": LIGHT["posterior"], "width": 3}},
+        name=label,
+        legendrank=3,
+        hovertemplate=f"<b>{label}</b><br>reward %{{y:.3f}}<br>KL %{{x:.2f}} nats<extra></extra>",
+    )
+
+
+def _add_policy(figure: go.Figure, run: Run) -> None:
+    if run.certificate is None:
+        return
+    kl, kl_low, kl_high = spread(run.certificate["kl_prior"])
+    reward, low, high = spread(run.certificate["reward"])
+    if kl is None or reward is None:
+        return
+    label = {"showarrow": False, "xanchor": "left", "align": "left", "bgcolor": LIGHT["veil"], "borderpad": 2}
+    label |= {"font": {"color": LIGHT["policy"], "size": 13}}
+    figure.add_annotation(x=kl, y=reward, text="<b>policy</b>", xshift=9, yshift=-17, **label)
+    gap = shortfall(run)
+    if gap is not None and gap.place != "on":
+        line = {"color": LIGHT["policy"], "width": 1.5, "dash": "dot"}
+        figure.add_shape(type="line", x0=kl, x1=kl, y0=reward, y1=gap.expected, line=line)
+        text = f"{show(abs(gap.gap))} {gap.place}<br>the frontier"
+        figure.add_annotation(x=kl, y=(reward + gap.expected) / 2, text=text, xshift=6, **label)
+    figure.add_scatter(
+        x=[kl],
+        y=[reward],
+        error_x=_bars(kl, kl_low, kl_high, LIGHT["policy"]),
+        error_y=_bars(reward, low, high, LIGHT["policy"]),
+        mode="markers",
+        marker={"size": 13, "color": LIGHT["policy"]},
+        name="policy, certified",
+        legendrank=6,
+        hovertemplate=f"<b>policy</b><br>reward {show(reward, 3)} [{show(low, 3)}, {show(high, 3)}]"
+        f"<br>KL {show(kl)} [{show(kl_low)}, {show(kl_high)}] nats<extra></extra>",
+    )
+
+
+def _add_betas(figure: go.Figure, run: Run, points: Sequence[Json], right: float) -> None:
+    """A few round betas along the curve, where there is room for them."""
+    aim = predicted(run)
+    taken = [0.0] + ([aim["kl"]["value"]] if aim else [])
+    spots: list[Json] = []
+    for beta in _round_betas(points):
+        spot = at_beta(list(points), beta)
+        if spot is None or spot["kl"]["value"] > 0.94 * right:
+            continue
+        at = spot["kl"]["value"]
+        if all(abs(at - other) > 0.085 * right for other in taken):
+            taken.append(at)
+            spots.append(spot)
+    if not spots:
+        return
+    figure.add_scatter(
+        x=[p["kl"]["value"] for p in spots],
+        y=[p["reward"]["value"] for p in spots],
+        mode="markers+text",
+        marker={"size": 6, "color": LIGHT["posterior"]},
+        text=[f"β {p['beta']:g}  " for p in spots],
+        textposition="top left",
+        textfont={"size": 12, "color": LIGHT["posterior"]},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _round_betas(points: Sequence[Json]) -> list[float]:
+    """Round numbers between the smallest and the largest beta, the roundest first."""
+    betas = [point["beta"] for point in points]
+    if not betas:
+        return []
+    decades = range(math.floor(math.log10(min(betas))), math.ceil(math.log10(max(betas))) + 1)
+    found = [float(f"{mantissa * 10.0**decade:.3g}") for mantissa in (1.0, 2.0, 5.0, 3.0, 1.5, 7.0) for decade in decades]
+    return [beta for beta in found if min(betas) <= beta <= max(betas)]
+
+
+def training_figures(run: Run) -> list[go.Figure]:
+    """Reward, KL to the prior and ELBO over the steps, each with what the plan says of the posterior."""
+    aim = predicted(run) or {}
+    log_z = (run.certificate or {}).get("log_z_lower") or aim.get("log_z")
+    columns = (
+        ("reward", "Expected reward", "reward units", aim.get("reward"), "predicted"),
+        ("kl_prior", "KL to the prior", "nats", aim.get("kl"), "predicted"),
+        ("elbo", "ELBO", "nats", log_z, "log Z"),
+    )
+    figures = []
+    for name, title, unit, goal, word in columns:
+        pairs = [(row["step"], y) for row in run.metrics if (y := finite(row.get(name))) is not None]
+        if pairs:
+            figures.append(_curve(run, name, f"{title}, {unit}", pairs, finite(goal["value"]) if goal else None, word))
+    return figures
+
+
+def _curve(
+    run: Run, name: str, title: str, pairs: Sequence[tuple[float, float]], goal: float | None, word: str
+) -> go.Figure:
+    figure = canvas(290, "step", title=title)
+    steps, values = [x for x, _ in pairs], [y for _, y in pairs]
+    hover = "step %{x}<br>%{y:.3f}<extra></extra>"
+    figure.add_scatter(x=steps, y=values, mode="lines", line={"color": LIGHT["policy_faint"], "width": 1.2}, hovertemplate=hover)
+    line = {"color": LIGHT["policy"], "width": 2.2}
+    figure.add_scatter(x=steps, y=smooth(values), mode="lines", line=line, hoverinfo="skip")
+    certified = [(row["step"], row["certificate"]) for row in run.metrics if row.get("certificate")]
+    if run.certificate is not None and not any(step == steps[-1] for step, _ in certified):
+        certified.append((steps[-1], run.certificate))
+    for step, certificate in certified:
+        value, low, high = spread(certificate[name])
+        if value is not None:
+            figure.add_scatter(
+                x=[step],
+                y=[value],
+                error_y=_bars(value, low, high, LIGHT["policy"]),
+                mode="markers",
+                marker={"size": 9, "color": LIGHT["paper"], "line": {"color": LIGHT["policy"], "width": 2}},
+                hovertemplate=f"certificate after step {step}<br>{show(value, 3)} [{show(low, 3)}, {show(high, 3)}]<extra></extra>",
+            )
+    if goal is not None:
+        figure.add_hline(y=goal, line={"color": LIGHT["posterior"], "width": 1.5, "dash": "dash"})
+        # Said in the title's row, where no curve can run through it.
+        text = {"text": f"– –  {word} {show(goal)}", "showarrow": False, "font": {"color": LIGHT["posterior"], "size": 13}}
+        figure.add_annotation(x=1, xref="paper", xanchor="right", y=1, yref="paper", yanchor="bottom", yshift=10, **text)
+        # A line that no trace reaches would fall out of the range that Plotly finds by itself.
+        figure.add_scatter(x=[steps[0]], y=[goal], mode="markers", marker={"opacity": 0}, hoverinfo="skip")
+    return figure

@@ -1,0 +1,138 @@
+"""`report.html`: one file that needs nothing else, to look at, to mail, to keep beside the adapter."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from tiltlm.errors import InputError
+from tiltlm.report import words
+from tiltlm.report.figures import frontier_figure, training_figures
+from tiltlm.report.folder import Json, Run, finite, read_run
+from tiltlm.report.palette import DARK, FONT, LIGHT, to_dark
+from tiltlm.report.prompts import MOST, prompts_figure
+
+OPEN = 4
+"""Prompts whose samples are unfolded."""
+SHOWN = 6
+"""Most samples of one kind for one prompt."""
+COLUMNS = (
+    ("prior", "Prior", "no prior draws kept"),
+    ("posterior", "Exact posterior", "no draw was accepted by rejection"),
+    ("policy", "Policy", "run tiltlm train, then tiltlm certify"),
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder.
+
+    Args:
+        run: a folder with plan.json and, as far as they exist yet, recipe.json, metrics.jsonl, certificate.json, samples.json.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: if the folder cannot be read or written, or holds no plan.
+    """
+    page = render(read_run(Path(run)))
+    path = Path(run) / "report.html"
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
+    return path
+
+
+def render(run: Run) -> str:
+    """The report as HTML."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["show"] = words.show
+    template = environment.from_string(files("tiltlm.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    prompts = prompts_figure(run)
+    return template.render(
+        title=run.recipe.get("name") or run.folder.resolve().name,
+        model=run.recipe.get("model"),
+        headline=words.headline(run),
+        lede=words.lede(run),
+        cards=words.cards(run),
+        frontier=embed(frontier_figure(run)),
+        training=[embed(figure) for figure in training_figures(run)],
+        steps=len(run.metrics),
+        prompts=embed(prompts) if prompts is not None else None,
+        prompt_count=_prompt_count(run),
+        most=MOST,
+        certified=run.certificate is not None,
+        samples=_samples(run),
+        open=OPEN,
+        notes=words.notes(run),
+        recipe=_recipe(run.recipe),
+        plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own bundle, made for this
+        light=LIGHT,
+        dark=DARK,
+        font=Markup(FONT),  # noqa: S704 - a constant
+        swap=embed(to_dark()),
+    )
+
+
+def embed(value: go.Figure | dict[str, str]) -> Markup:
+    """JSON for a <script type="application/json">: no character in it can end the element."""
+    text = value.to_json() if isinstance(value, go.Figure) else json.dumps(value)
+    assert text is not None
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704 - escaped above
+
+
+def _prompt_count(run: Run) -> int:
+    return len((run.certificate or run.plan)["per_prompt"])
+
+
+def _recipe(recipe: Json) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            rows += [(f"{key}.{name}", str(inner)) for name, inner in value.items()]
+        elif value is not None and value != []:
+            rows.append((key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return rows
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Samples with their reward's place between the smallest and the largest one, 0 to 100."""
+    rewards = [
+        number
+        for entry in run.samples
+        for name, _, _ in COLUMNS
+        for sample in entry.get(name) or []
+        if (number := finite(sample.get("reward"))) is not None
+    ]
+    low, high = (min(rewards), max(rewards)) if rewards else (0.0, 1.0)
+    bounds = run.recipe.get("bounds")
+    if isinstance(bounds, list | tuple) and len(bounds) == 2 and None not in map(finite, bounds):
+        low, high = min(low, bounds[0]), max(high, bounds[1])
+    trained = bool(run.metrics) or run.certificate is not None
+    return [
+        {
+            "prompt": str(entry.get("prompt", "")),
+            "columns": [_column(entry.get(name) or [], name, low, high) | {"title": title, "empty": empty}
+                        for name, title, empty in COLUMNS if name != "policy" or trained or entry.get(name)],
+        }
+        for entry in run.samples
+    ]  # fmt: skip
+
+
+def _column(samples: list[Json], name: str, low: float, high: float) -> dict[str, Any]:
+    shown = []
+    for sample in samples[:SHOWN]:
+        reward = finite(sample.get("reward"))
+        share = None if reward is None else round(100 * (reward - low) / ((high - low) or 1.0))
+        shown.append({"text": str(sample.get("text", "")), "reward": words.show(reward), "share": share})
+    return {"name": name, "samples": shown, "more": max(0, len(samples) - SHOWN)}

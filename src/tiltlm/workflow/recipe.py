@@ -1,0 +1,156 @@
+"""The recipe: one schema for YAML files and command-line flags."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tiltlm.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Recipe(BaseModel):
+    """What to do, and with what. Every field is a key of the YAML file and a flag of the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # the prior
+    model: str = Field(description="hub id, folder, .gguf file, or an embedded model: smollm2-135m-instruct")
+    prior_adapter: str | None = Field(None, description="PEFT adapter that belongs to the prior, frozen")
+    dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
+    device: str = Field("auto", description="auto, cpu, cuda, …")
+    prompts: str = Field(description="prompts: .txt (one a line), .jsonl, .json, .csv or .parquet")
+    column: str = Field("prompt", description="column that holds the prompt")
+    chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
+    max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the prior's (and the policy's) sampling")
+    stop: list[str] = Field([], description="texts that end a completion")
+
+    # the evidence
+    reward: str = Field(description="reward function, file.py:function or package.module:function")
+    beta: float | None = Field(
+        None, description="temperature in reward units per nat; or choose it by kl_budget, reward_goal"
+    )
+    kl_budget: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="choose beta so that the optimum moves this many nats a prompt"
+    )
+    reward_goal: float | None = Field(
+        None, allow_inf_nan=False, description="choose beta so that the optimum has this mean reward"
+    )
+    bounds: tuple[float, float] | None = Field(None, description="smallest and largest reward; makes rejection exact")
+    on_error: Literal["fail", "drop"] = Field("fail", description="completions without a usable reward")
+
+    # plan, sample and certify
+    samples: Annotated[int, Field(ge=2)] = Field(64, description="draws a prompt, for plan and certify")
+    exact_budget: Annotated[int, Field(ge=0)] = Field(
+        128, description="further prior draws for a prompt without exact sample"
+    )
+
+    # train
+    engine: Literal["rloo"] = Field("rloo", description="training engine")
+    group: Annotated[int, Field(ge=2)] = Field(8, description="completions a prompt in a step")
+    steps: Positive = Field(40, description="training steps")
+    batch: Positive = Field(4, description="prompts a step")
+    lr: float = Field(3e-4, gt=0, lt=1, description="learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")
+    warmup: Annotated[int, Field(ge=0)] = Field(2, description="steps until the learning rate is reached")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
+    lora_r: Annotated[int, Field(ge=0)] = Field(16, description="rank of the adapter; 0 trains all weights")
+    lora_alpha: float | None = Field(None, description="scale of the adapter; 2 r by default")
+    lora_targets: list[str] = Field([], description="modules that get an adapter; all linear ones by default")
+    start: str | None = Field(None, description="PEFT adapter to start from; the prior remains the reference")
+    micro_tokens: Positive = Field(1024, description="most completion tokens in a pass with gradient; bounds memory")
+    certify_every: Annotated[int, Field(ge=0)] = Field(0, description="certificate every so many steps; 0 for none")
+    certify_samples: Annotated[int, Field(ge=2)] = Field(16, description="draws a prompt in it")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        0, description="stop after so many certificates without a better ELBO"
+    )
+    checkpoint_every: Positive = Field(10, description="checkpoint every so many steps")
+    trackers: list[str] = Field([], description="tensorboard, wandb, trackio")
+
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
+    out: str = Field("runs/tilt", description="folder of the run")
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Recipe:
+        chosen = [name for name in ("beta", "kl_budget", "reward_goal") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are ways to choose the same thing; give one of them")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}; it is a temperature in reward units per nat and must be positive")
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+            raise ValueError(f"bounds are {self.bounds}; give the smallest reward first, then the largest")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out)
+
+
+def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
+    """A recipe from a YAML file, with flags on top.
+
+    Paths in the file (prompts, reward, adapters) are relative to the file if they exist there, else to the working folder.
+
+    Raises:
+        InputError: naming the key, its value and the remedy.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = {name: _beside(file, name, value) for name, value in _yaml(file).items()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    choices = {"beta", "kl_budget", "reward_goal"}
+    if given.keys() & choices:  # a flag replaces whichever way the file chose
+        values = {name: value for name, value in values.items() if name not in choices}
+    try:
+        return Recipe.model_validate(values | given)
+    except ValidationError as error:
+        raise InputError(_sentence(error, file)) from error
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise InputError(f"recipe {str(file)!r} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {str(file)!r} is not YAML ({' '.join(str(error).split())[:160]}); mend it") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"recipe {str(file)!r} holds no keys; write lines like 'model: smollm2-135m-instruct'")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _beside(file: Path, name: str, value: Any) -> Any:
+    if name in {"prompts", "reward", "start", "prior_adapter", "model"} and isinstance(value, str):
+        path, colon, rest = value.partition(":")
+        near = file.parent / path
+        if near.exists() and not Path(path).is_absolute():
+            return f"{near}{colon}{rest}"
+    return value
+
+
+def _sentence(error: ValidationError, file: Path | None) -> str:
+    """The first fault as one sentence."""
+    faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
+    where = ".".join(str(part) for part in fault["loc"])
+    source = f" in {file}" if file is not None else ""
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, Recipe.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(Recipe.model_fields)}"
+        return f"unknown key {where!r}{source}; {hint}"
+    if fault["type"] == "missing":
+        return f"{where} is missing{source}; give --{where.replace('_', '-')} or write '{where}: …' into the recipe"
+    if fault["type"] == "value_error":
+        return str(fault["msg"]).removeprefix("Value error, ")
+    description = Recipe.model_fields[str(fault["loc"][0])].description
+    return f"{where} is {fault['input']!r}{source}: {fault['msg'][0].lower()}{fault['msg'][1:]} ({description})"

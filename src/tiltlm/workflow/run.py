@@ -1,0 +1,333 @@
+"""One run: a recipe, its folder, and the steps plan → train → certify, each of which finds what the others left.
+
+The folder holds `recipe.json`, `plan.json`, `prior/` (the prior's draws), `checkpoints/`, `metrics.jsonl`,
+`policy/` (adapter or model), `certificate.json`, `samples.json` and `report.html`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Generator
+
+from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
+from tiltlm.diagnostics.frontier import Plan, plan
+from tiltlm.errors import InputError
+from tiltlm.evidence.reward import Reward
+from tiltlm.inference.decoding.best_of_n import BestOfN
+from tiltlm.inference.decoding.importance import Importance
+from tiltlm.inference.decoding.rejection import Rejection
+from tiltlm.inference.fit import Training, fit, refuse_earlier
+from tiltlm.inference.monitor import Monitor
+from tiltlm.inference.training.rloo import RLOO
+from tiltlm.lm.adapters import LoRA
+from tiltlm.lm.load import LanguageModel, load
+from tiltlm.lm.view import ModelPrior
+from tiltlm.records import Prompts, Scored, Weighted
+from tiltlm.report.card import model_card
+from tiltlm.store import load_scored, save_scored
+from tiltlm.target import Target
+from tiltlm.weights import resample
+from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
+from tiltlm.workflow.inputs import load_reward, read_prompts
+from tiltlm.workflow.recipe import Recipe
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""(what, how many) -> a function that is told how many more are done."""
+
+SHOWN = 4
+"""Completions of each kind that the report shows for a prompt."""
+
+ENGINES: Mapping[str, Callable[[int], Any]] = {
+    "best-of-n": BestOfN,
+    "importance": Importance,
+    "rejection": lambda n: Rejection(n=n),
+}
+"""Decoding engines by the name that the command line knows; the number is their draws a prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A recipe in action."""
+
+    recipe: Recipe
+    progress: Progress | None = None
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        return load(self.recipe.model, dtype=self.recipe.dtype, device=self.recipe.device)
+
+    @cached_property
+    def prior(self) -> ModelPrior:
+        r = self.recipe
+        return self.lm.prior(
+            max_new_tokens=r.max_new_tokens,
+            temperature=r.temperature,
+            stop=tuple(r.stop),
+            chat=r.chat,
+            column=r.column,
+            adapter=r.prior_adapter,
+        )
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return self.prior.encode(self._rows)
+
+    @cached_property
+    def _rows(self) -> Sequence[Any]:
+        return read_prompts(self.recipe.prompts, self.recipe.column)
+
+    @cached_property
+    def _reward(self) -> tuple[Callable[..., Sequence[float]], str]:
+        return load_reward(self.recipe.reward)
+
+    def check(self) -> None:
+        """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
+        _ = self._rows, self._reward
+
+    def target(self, beta: float) -> Target:
+        """The target at a temperature."""
+        r = self.recipe
+        return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, on_error=r.on_error)
+
+    # --- plan ---
+
+    def plan(self) -> Plan:
+        """Predict the frontier; keeps the prior's draws and `plan.json`."""
+        self.check()
+        require_writable_folder(self.recipe.folder)
+        found = self._planned
+        self._write("recipe.json", self._recipe_with_versions())
+        self._write("plan.json", found.as_dict())
+        return found
+
+    @cached_property
+    def _planned(self) -> Plan:
+        r = self.recipe
+        found = plan(
+            self.target(r.beta or 1.0),
+            self.prompts,
+            samples=r.samples,
+            beta=r.beta,
+            kl_budget=r.kl_budget,
+            reward_goal=r.reward_goal,
+            scored=self._prior_draws(),
+        )
+        if r.beta is None and r.kl_budget is None and r.reward_goal is None:
+            found = replace(found, chosen=None)
+        return found
+
+    def chosen_beta(self) -> float:
+        """The recipe's beta, or the one that its budget or goal asks for."""
+        r = self.recipe
+        if r.beta is not None:
+            return r.beta
+        if r.kl_budget is None and r.reward_goal is None:
+            raise InputError("beta is missing; give --beta, or --kl-budget or --reward-goal to have it chosen")
+        chosen = self._planned.chosen
+        assert chosen is not None
+        return chosen.beta
+
+    def _prior_draws(self) -> Scored:
+        """The prior's draws for `plan`, from the run's folder if they are there; scored at the recipe's beta or 1."""
+        r = self.recipe
+        key = self._draws_key()
+        target = self.target(r.beta or 1.0)
+        saved = load_scored(r.folder / "prior", key)
+        if saved is not None and len(saved.draws.prompts) == len(self.prompts):
+            return self._at(saved, r.beta or 1.0)
+        count = len(self.prompts) * r.samples
+        prior = self._reporting(self.prior, "prior draws", count)
+        scored = target.score(prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed)))
+        save_scored(self._at(scored, 1.0, old=target.beta), r.folder / "prior", key)
+        return scored
+
+    @staticmethod
+    def _at(scored: Scored, beta: float, old: float = 1.0) -> Scored:
+        """The same draws at another temperature; on disk they are at 1."""
+        return replace(scored, log_evidence=scored.log_evidence * (old / beta))
+
+    def _draws_key(self) -> str:
+        r = self.recipe
+        parts = [r.model, r.prior_adapter, r.dtype, repr(self.prior.law), r.chat, r.samples, r.seed, r.on_error]
+        parts += [r.reward, self._reward[1], list(self.prompts.texts), self.prompts.tokens.tolist()]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+    # --- train ---
+
+    def prepare(self, *, resume: bool = False) -> float:
+        """All that can be wrong before training: inputs, the folder, the temperature; returns the beta.
+
+        A resumed run leaves `recipe.json` and `plan.json` as they are until its settings have been found to be the same.
+        """
+        self.check()
+        r = self.recipe
+        require_writable_folder(r.folder)
+        if not resume:
+            refuse_earlier(r.folder)
+        beta = self.chosen_beta()
+        if not resume:
+            self._write("recipe.json", self._recipe_with_versions())
+            if r.beta is None:
+                self._write("plan.json", self._planned.as_dict())
+        return beta
+
+    def train(self, *, resume: bool = False, monitor: Monitor | None = None) -> float:
+        """Train the policy, write it as an adapter (or a model) with a model card; returns the beta."""
+        beta = self.prepare(resume=resume)
+        r = self.recipe
+        prior_draws = self._at(self._prior_draws(), beta, old=r.beta or 1.0) if r.certify_every else None
+        monitor = monitor or Monitor(out=r.folder, trackers=r.trackers, config=r.model_dump())
+        policy = fit(
+            self.target(beta),
+            self.prompts,
+            RLOO(group=r.group),
+            lora=self._lora(),
+            start=r.start,
+            out=r.folder,
+            resume=resume,
+            monitor=monitor,
+            prior_draws=prior_draws,
+            settings=self._training(),
+        )
+        self._write("recipe.json", self._recipe_with_versions())
+        self._save_policy(policy, beta)
+        return beta
+
+    def _lora(self) -> LoRA | None:
+        r = self.recipe
+        if r.lora_r == 0:
+            return None
+        return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear")
+
+    def _training(self) -> Training:
+        names = set(Training.__dataclass_fields__)
+        return Training(**{name: value for name, value in self.recipe.model_dump().items() if name in names})
+
+    def _save_policy(self, policy: Any, beta: float) -> None:
+        folder = self.recipe.folder / "policy"
+        try:
+            policy.save(folder)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(folder, error) from error
+        self._write("policy/tiltlm.json", {"beta": beta, "recipe": self._recipe_with_versions()})
+        self._write_text("policy/README.md", model_card(self.recipe.folder))
+
+    # --- certify ---
+
+    def certify(self, policy: str | None = None) -> Certificate:
+        """Certify the run's policy, another adapter, or the prior ("prior"); writes the certificate and samples."""
+        self.check()
+        r = self.recipe
+        require_writable_folder(r.folder)
+        sampler = self._sampler(policy)
+        beta = self._trained_beta(policy)
+        target = self.target(beta)
+        prior_draws = self._at(self._prior_draws(), beta, old=r.beta or 1.0)
+        certificate = certify(
+            self._reporting(sampler, "policy draws", len(self.prompts) * r.samples),
+            target,
+            self.prompts,
+            samples=r.samples,
+            prior_draws=prior_draws,
+            exact_budget=r.exact_budget,
+            seed=r.seed + 1,
+        )
+        self._write("certificate.json", certificate.as_dict())
+        self._write_samples(target, prior_draws, certificate)
+        if (r.folder / "policy" / "tiltlm.json").exists():
+            self._write_text("policy/README.md", model_card(r.folder))
+        return certificate
+
+    def _trained_beta(self, policy: str | None) -> float:
+        """The temperature the policy was trained at, if it says so, unless the recipe names one."""
+        place = self._policy_folder(policy)
+        if self.recipe.beta is None and place is not None and (place / "tiltlm.json").is_file():
+            return float(json.loads((place / "tiltlm.json").read_text())["beta"])
+        return self.chosen_beta()
+
+    def _policy_folder(self, policy: str | None) -> Path | None:
+        if policy == "prior":
+            return None
+        return Path(policy) if policy is not None else self.recipe.folder / "policy"
+
+    def _sampler(self, policy: str | None) -> Any:
+        folder = self._policy_folder(policy)
+        if folder is None:
+            return self.prior
+        if (folder / "adapter_config.json").is_file():
+            return self.prior.policy(start=folder)
+        if (folder / "config.json").is_file():
+            return self.prior.policy_of(load(folder, dtype=self.recipe.dtype, device=self.recipe.device).body)
+        raise InputError(
+            f"{str(folder)!r} holds neither an adapter nor a model; run tiltlm train first, or give its folder"
+        )
+
+    def _write_samples(self, target: Target, prior_draws: Scored, certificate: Certificate) -> None:
+        """A few completions of each prompt, for the report."""
+        exact, _ = exact_samples(target, self.prompts, prior_draws, 0, Generator().manual_seed(self.recipe.seed))
+        kinds = {"prior": prior_draws, "posterior": exact, "policy": certificate.scored}
+        rows = []
+        for number, text in enumerate(self.prompts.texts):
+            row: dict[str, Any] = {"prompt": text if isinstance(text, str) else text[-1]["content"]}
+            row |= {kind: _shown(scored, number, target.beta) for kind, scored in kinds.items()}
+            rows.append(row)
+        self._write("samples.json", {"prompts": rows})
+
+    # --- sample ---
+
+    def sample(
+        self, engine: str, draws: int, count: int, proposal: str | None
+    ) -> tuple[Weighted, list[dict[str, Any]]]:
+        """Posterior samples without training: `count` completions a prompt, resampled from the engine's weights.
+
+        Raises:
+            InputError: for an engine that is not there, or one that cannot serve this target.
+        """
+        self.check()
+        if engine not in ENGINES:
+            raise InputError(f"engine is {engine!r}; choose {', '.join(ENGINES)}")
+        sampler = None if proposal is None else self._sampler(proposal)
+        target = self.target(self.chosen_beta())
+        weighted = ENGINES[engine](draws).sample(
+            target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed)
+        )
+        rng = Generator().manual_seed(self.recipe.seed + 1)
+        chosen = resample(weighted.log_w, weighted.scored.draws.prompt_index, len(self.prompts), count, rng)
+        reward = target.beta * weighted.scored.log_evidence
+        rows = []
+        for prompt, picks in zip(self.prompts.texts, chosen.tolist(), strict=True):
+            picked = [i for i in picks if i >= 0]
+            texts = [{"text": weighted.scored.draws.texts[i], "reward": float(reward[i])} for i in picked]
+            rows.append({"prompt": prompt, "completions": texts})
+        return weighted, rows
+
+    # --- files ---
+
+    def _reporting(self, sampler: Any, what: str, count: int) -> Any:
+        return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))
+
+    def _recipe_with_versions(self) -> dict[str, Any]:
+        names = ("tiltlm", "torch", "transformers", "peft")
+        return {**self.recipe.model_dump(), "versions": {name: importlib.metadata.version(name) for name in names}}
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        write_json(self.recipe.folder / name, values)
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_text(self.recipe.folder / name, text)
+
+
+def _shown(scored: Scored | None, prompt: int, beta: float) -> list[dict[str, Any]]:
+    if scored is None:
+        return []
+    rows = (scored.draws.prompt_index == prompt).nonzero().flatten()[:SHOWN].tolist()
+    return [{"text": scored.draws.texts[i], "reward": float(beta * scored.log_evidence[i])} for i in rows]

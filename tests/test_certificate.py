@@ -1,0 +1,150 @@
+"""`certify` against exact KLs: the interval covers, each side on its own too."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import tiltlm as tl
+from tiltlm.diagnostics.certificate import prompt_bounds, upper_terms
+from tiltlm.posterior import exact as ex
+from tiltlm.testing import fixture_a, language
+from tiltlm.testing.fixtures import sine_logit
+
+REPETITIONS = 200
+
+
+@pytest.fixture(scope="module")
+def world():
+    return language(
+        lambda p, h: [sine_logit(h, a, shift=p[0] + 3 * p[1]) for a in range(3)],
+        lambda x: math.cos(sum(i * t for i, t in enumerate(x, 1))) + 0.5 * (x[-1] == 2),
+        beta=0.5,
+        bounds=(-1.0, 1.5),
+        prompts=["0 0", "0 1", "1 0", "1 1"],
+        prompt_length=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def exacts(world):
+    return [ex.posterior(world.target, world.prompts, p) for p in range(4)]
+
+
+def towards_posterior(world, exacts, share):
+    """A policy whose logits have gone `share` of the way from the prior's to the posterior's."""
+    policy = world.prior.policy(lora=None)
+    table = policy.named_parameters()["table"]
+    for number, exact in enumerate(exacts):
+        a, b = divmod(number, 2)
+        values = exact.soft_values()
+        prefixes = itertools.chain.from_iterable(itertools.product(range(3), repeat=n) for n in range(4))
+        with torch.no_grad():
+            for row, prefix in enumerate(prefixes):
+                for token in range(3):
+                    table[3 * a + b, row, token] += share * values[(*prefix, token)] / exact.beta
+    return policy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
+def test_the_interval_covers_the_truth(world, exacts, share, record_property):
+    policy = towards_posterior(world, exacts, share)
+    truth = sum(ex.kl(e.log_prob(policy), e.log_posterior) for e in exacts) / 4
+    kl_prior = sum(ex.kl(e.log_prob(policy), e.log_prior) for e in exacts) / 4
+    log_z = sum(e.log_z for e in exacts) / 4
+    counts = {"both": 0, "low": 0, "high": 0, "kl_prior": 0, "log_z": 0}
+    widths = []
+    for seed in range(REPETITIONS):
+        rng = torch.Generator().manual_seed(10**6 + seed)
+        prior_draws = world.target.score(world.prior.draw(world.prompts, 48, rng))
+        found = tl.certify(policy, world.target, world.prompts, samples=64, prior_draws=prior_draws, seed=seed)
+        assert found.log_z_upper is not None
+        counts["both"] += truth in found.kl_posterior
+        counts["low"] += found.kl_posterior.low <= truth
+        counts["high"] += truth <= found.kl_posterior.high
+        counts["kl_prior"] += abs(found.kl_prior.value - kl_prior) <= 1.96 * found.kl_prior.stderr + 1e-12
+        low, high = found.log_z_lower, found.log_z_upper
+        counts["log_z"] += low.value - 1.96 * low.stderr <= log_z <= high.value + 1.96 * high.stderr
+        widths.append(found.kl_posterior.width)
+    rates = {name: count / REPETITIONS for name, count in counts.items()}
+    width = sum(widths) / REPETITIONS
+    print(
+        f"KL(q||p*) = {truth:.3f}: coverage "
+        + ", ".join(f"{k} {v:.1%}" for k, v in rates.items())
+        + f"; width {width:.3f}"
+    )
+    record_property(f"coverage_{share:g}", rates["both"])
+    assert rates["both"] >= 0.92, rates
+    assert min(rates["low"], rates["high"], rates["kl_prior"], rates["log_z"]) >= 0.92, rates
+    assert width < 0.35, "an interval that covers because it is wide says nothing"
+
+
+def test_the_posterior_itself_gets_a_certificate_of_zero_width(world, exacts):
+    found = tl.certify(towards_posterior(world, exacts, 1.0), world.target, world.prompts, samples=32)
+    assert found.kl_posterior.high < 1e-9
+    assert found.ess == pytest.approx(32)
+
+
+def test_upper_and_lower_bounds_in_expectation_by_enumeration():
+    """E log(mean w) <= log Z <= E log(mean w with one exact sample), for two draws, over all pairs; gap chi^2 / (2 K)."""
+    world = fixture_a()
+    exact = ex.posterior(world.target, world.prompts)
+    log_w, prior, post = exact.scored.log_evidence, exact.log_prior.exp(), exact.log_posterior.exp()
+    pairs = torch.logaddexp(log_w[:, None], log_w[None, :]) - math.log(2)
+    lower = float((prior[:, None] * prior[None, :] * pairs).sum())
+    upper = float((post[:, None] * prior[None, :] * pairs).sum())
+    assert exact.log_z - float((prior * log_w).sum()) == pytest.approx(1.374937 - 0.231030, abs=1e-5)
+    assert lower == pytest.approx(0.749584, abs=1e-6)
+    assert upper == pytest.approx(1.787207, abs=1e-6)
+    assert lower < exact.log_z < upper
+    # upper_terms, given q's draws (y, x), replaces one of them by an exact sample in the mean
+    terms = upper_terms(log_w[:4], log_w[10:12])
+    others = log_w[:4].exp().sum() * 3 / 4
+    torch.testing.assert_close(terms, ((log_w[10:12].exp() + others) / 4).log())
+
+
+def test_without_bounds_there_is_no_upper_side_and_it_says_so(world):
+    from dataclasses import replace
+
+    unbounded = replace(world.target, evidence=replace(world.target.evidence, bounds=None))
+    found = tl.certify(world.prior, unbounded, world.prompts, samples=32)
+    assert found.log_z_upper is None
+    assert found.kl_posterior.high == math.inf
+    assert found.kl_posterior.low > 0
+    assert any(note.startswith("no upper bound: the reward has no declared bounds") for note in found.notes)
+    assert json.loads(json.dumps(found.as_dict()))["kl_posterior"]["high"] is None
+
+
+def test_without_exact_samples_there_is_no_upper_side(world):
+    cold = world.target.at(0.02)
+    found = tl.certify(world.prior, cold, world.prompts, samples=16, exact_budget=2)
+    assert found.log_z_upper is None
+    assert any("got no exact posterior sample" in note and "raise exact_budget" in note for note in found.notes)
+
+
+def test_a_single_exact_sample_is_enough_for_an_upper_bound():
+    log_w = torch.tensor([0.1, 0.4, -0.2, 0.0], dtype=torch.float64)
+    bounds = prompt_bounds(log_w, torch.tensor([0.3], dtype=torch.float64), pooled_variance=0.01)
+    assert 0 <= bounds.low < bounds.high
+    assert math.isfinite(bounds.interval.high)
+
+
+def test_the_prior_is_certified_too(world, exacts):
+    found = tl.certify(world.prior, world.target, world.prompts, samples=256, seed=1)
+    assert found.kl_prior.value == 0
+    truth = sum(ex.kl(e.log_prior, e.log_posterior) for e in exacts) / 4
+    assert truth in found.kl_posterior
+    assert "KL(q||p*)" in str(found)
+
+
+def test_collapse_shows(world):
+    policy = world.prior.policy(lora=None)
+    with torch.no_grad():
+        policy.named_parameters()["table"][..., 1] += 30.0
+    found = tl.certify(policy, world.target, world.prompts, samples=32)
+    assert found.diversity.unique == pytest.approx(1 / 32)
+    assert found.diversity.entropy == pytest.approx(0, abs=1e-3)
+    # what q never draws cannot raise the lower side (mathematics C): only exact posterior samples see the lost modes
+    assert found.kl_posterior.high > 5

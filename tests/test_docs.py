@@ -1,0 +1,92 @@
+"""What the pages show runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiltlm as tl
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def tiny_embedded_model(monkeypatch):
+    """`tl.load` of the embedded model gives a random one, so that a page runs in seconds; the real one has its own test."""
+    from conftest import make_model, make_tokenizer
+    from tiltlm.lm.load import load
+
+    def tiny(name):
+        assert name == "smollm2-135m-instruct"
+        return load(make_model("llama"), make_tokenizer())
+
+    monkeypatch.setattr(tl, "load", tiny, raising=False)
+
+
+def test_the_readme_example(tiny_embedded_model, capsys):
+    (code,) = blocks("README.md")
+    assert len(code.strip().splitlines()) <= 18
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "KL(q||p*)" in out
+    assert "draws a prompt" in out
+
+
+def test_the_engine_of_contributing(capsys):
+    (code,) = blocks("CONTRIBUTING.md")
+    space = {"__name__": "contributing"}
+    sys.modules["contributing"] = type(sys)("contributing")  # dataclasses look their module up
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)
+    assert "every draw's signal vanishes at p*" in capsys.readouterr().out
+    del sys.modules["contributing"]
+
+
+def test_the_tutorials_target(tiny_embedded_model):
+    code = blocks("docs/tutorial.md")[1]
+    space = {"sentiment": lambda completions: [0.0] * len(completions)}
+    exec(compile(code, "tutorial.md", "exec"), space)
+    assert space["target"].beta == 0.25
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
+    from tiltlm.workflow.inputs import load_reward, read_prompts
+    from tiltlm.workflow.recipe import read_recipe
+
+    read = read_recipe(recipe, {})
+    assert len(read_prompts(read.prompts, read.column)) >= 1
+    reward, _ = load_reward(read.reward)
+    assert len(reward(completions=["a good film", "a bad film"])) == 2
+
+
+def test_the_table_of_engines_is_the_engines_own_claims():
+    page = (ROOT / "docs/engines.md").read_text()
+    for name in ("RLOO", "Rejection", "Importance", "BestOfN"):
+        claim = getattr(tl, name).claim
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        cells = [cell.strip().replace("\\*", "*").replace("‖", "||") for cell in row.split("|")[3:7]]
+        assert cells == [claim.fixed_point, claim.objective, claim.bias, claim.source]
+
+
+def test_the_pages_build(tmp_path):
+    mkdocs = Path(sys.executable).with_name("mkdocs")
+    command = [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
+
+
+def test_no_path_of_a_machine_and_no_registry_in_the_tree():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    pattern = re.compile(r"(^|[^\w.])/(work|opt|farm|root)/")
+    for name in tracked.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".j2", ""} and path.is_file():
+            assert not pattern.search(path.read_text(errors="ignore").replace(r"/(work|opt|farm|root)/", "")), name

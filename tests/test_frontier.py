@@ -1,0 +1,157 @@
+"""`plan` against exact frontiers: its intervals cover at their nominal rate."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiltlm as tl
+from tiltlm.diagnostics.frontier import best_of_n
+from tiltlm.diagnostics.tilt import tilt, tilt_jackknife
+from tiltlm.posterior import exact as ex
+from tiltlm.testing import fixture_a, language
+from tiltlm.testing.fixtures import sine_logit
+
+REPETITIONS = 300
+PROMPTS = 12
+SAMPLES = 64
+BETAS = (0.35, 0.5, 1.0)
+
+
+def population(beta=0.5):
+    """27 prompts with their own languages; a job is 12 of them, drawn with replacement."""
+    digits = range(3)
+    return language(
+        lambda p, h: [sine_logit(h, a, shift=p[0] + 3 * p[1] + 7 * p[2]) for a in range(3)],
+        lambda x: math.cos(sum(i * t for i, t in enumerate(x, 1))) + 0.5 * (x[-1] == 2),
+        beta=beta,
+        bounds=(-1.0, 1.5),
+        prompts=[f"{a} {b} {c}" for a in digits for b in digits for c in digits],
+        prompt_length=3,
+    )
+
+
+def exact_point(exact, beta):
+    log_p = (exact.log_prior + exact.reward / beta).log_softmax(-1)
+    return exact.mean_reward(log_p), ex.kl(log_p, exact.log_prior)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return population()
+
+
+@pytest.fixture(scope="module")
+def exacts(world):
+    return [ex.posterior(world.target, world.prompts, p) for p in range(len(world.prompts))]
+
+
+def test_intervals_cover_the_exact_frontier(world, exacts, record_property):
+    truth = {b: torch.tensor([exact_point(e, b) for e in exacts]).mean(0).tolist() for b in BETAS}
+    rng = torch.Generator().manual_seed(1)
+    hits = {(b, kind): 0 for b in BETAS for kind in ("reward", "kl")}
+    for _ in range(REPETITIONS):
+        prompts = world.prompts.select(torch.randint(len(exacts), (PROMPTS,), generator=rng).tolist())
+        scored = world.target.score(world.prior.draw(prompts, SAMPLES, rng))
+        sample = tl.diagnostics.frontier._Sample.of(scored, world.target.beta)
+        for point in sample.points(torch.tensor(BETAS, dtype=torch.float64)):
+            beta = min(BETAS, key=lambda b: abs(b - point.beta))
+            hits[beta, "reward"] += truth[beta][0] in point.reward
+            hits[beta, "kl"] += truth[beta][1] in point.kl
+    coverage = {key: count / REPETITIONS for key, count in hits.items()}
+    for (beta, kind), share in coverage.items():
+        print(f"coverage of the 95% interval of {kind} at beta {beta:g}: {share:.1%}")
+        record_property(f"coverage_{kind}_{beta:g}", share)
+    assert all(0.915 <= share <= 0.985 for share in coverage.values()), coverage
+
+
+def test_one_prompts_own_intervals_cover(exacts, world):
+    """The bootstrap over a prompt's own draws, whose percentiles are a little narrow at 64 draws."""
+    exact, rng = exacts[5], torch.Generator().manual_seed(2)
+    reward, kl = exact_point(exact, 0.7)
+    hits = [0, 0]
+    for _ in range(REPETITIONS):
+        scored = world.target.score(world.prior.draw(world.prompts.select([5]), SAMPLES, rng))
+        row = tl.plan(world.target, scored.draws.prompts, scored=scored, beta=0.7).per_prompt[0]
+        hits[0] += reward in row.reward
+        hits[1] += kl in row.kl
+    print(f"coverage for a single prompt: reward {hits[0] / REPETITIONS:.1%}, KL {hits[1] / REPETITIONS:.1%}")
+    assert all(0.88 <= hit / REPETITIONS <= 0.99 for hit in hits)
+
+
+def test_tilting_reproduces_the_exact_frontier_from_the_whole_language():
+    """With every string as a draw in proportion to its probability, the tilt is the enumeration."""
+    world = fixture_a()
+    exact = ex.posterior(world.target, world.prompts)
+    betas = torch.tensor([0.3, 0.5, 2.0], dtype=torch.float64)
+    got = tilt(exact.reward, betas, exact.log_prior.exp())
+    for g, beta in enumerate(betas.tolist()):
+        reward, kl = exact_point(exact, beta)
+        assert float(got.reward[g]) == pytest.approx(reward)
+        assert float(got.kl[g]) == pytest.approx(kl)
+
+
+def test_the_jackknife_takes_out_most_of_the_bias(exacts):
+    exact, rng = exacts[0], torch.Generator().manual_seed(3)
+    beta = torch.tensor([0.3], dtype=torch.float64)
+    _, truth = exact_point(exact, 0.3)
+    rows = torch.multinomial(exact.log_prior.exp(), 32 * 3000, True, generator=rng).view(3000, 32)
+    plain = torch.stack([tilt(exact.reward[r], beta).kl for r in rows]).mean() - truth
+    jackknifed = torch.stack([tilt_jackknife(exact.reward[r], beta).kl for r in rows]).mean() - truth
+    assert abs(jackknifed) < 0.4 * abs(plain)
+
+
+def test_best_of_n_points_agree_with_the_exact_law():
+    world = fixture_a()
+    exact = ex.posterior(world.target, world.prompts)
+    copies = (exact.log_prior.exp() * 2_000_000).round().long()
+    rewards = exact.reward.round(decimals=9).repeat_interleave(copies)
+    reward, kl = best_of_n(rewards, 4)
+    law = ex.best_of_n_law(exact, 4)
+    assert reward == pytest.approx(float(law @ exact.reward), abs=1e-4)
+    assert kl == pytest.approx(ex.kl(law.log(), exact.log_prior), abs=1e-4)
+
+
+def test_beta_for_a_budget_and_for_a_goal(world):
+    by_kl = tl.plan(world.target, world.prompts, kl_budget=0.5, samples=200)
+    assert by_kl.chosen.kl.value == pytest.approx(0.5, abs=0.02)
+    by_reward = tl.plan(world.target, world.prompts, reward_goal=0.8, samples=200)
+    assert by_reward.chosen.reward.value == pytest.approx(0.8, abs=0.02)
+    plain = tl.plan(world.target, world.prompts, samples=32)
+    assert plain.chosen.beta == world.target.beta
+    at = plain.at(0.5)
+    assert at.kl.value == pytest.approx(plain.chosen.kl.value)
+
+
+def test_out_of_reach_says_what_is_in_reach(world):
+    with pytest.raises(tl.InputError, match=r"reward_goal is 7, but with these draws the frontier goes from .* to"):
+        tl.plan(world.target, world.prompts, reward_goal=7.0, samples=16)
+    with pytest.raises(tl.InputError, match="give one of them"):
+        tl.plan(world.target, world.prompts, reward_goal=1.0, kl_budget=1.0)
+
+
+def test_it_says_what_the_draws_cannot_tell(world):
+    plan = tl.plan(world.target, world.prompts, beta=0.03, samples=16)
+    assert any("16 samples a prompt cannot say" in note and "draw ~" in note for note in plan.notes)
+    assert any("is a guess" in note for note in plan.notes)
+    assert not plan.chosen.reliable
+    assert plan.frontier[0].reliable
+    assert not plan.frontier[-1].reliable
+
+
+def test_a_constant_reward_is_said_to_teach_nothing(world):
+    flat = replace(world.target, evidence=tl.Reward(lambda completions: [0.5] * len(completions), beta=0.5))
+    plan = tl.plan(flat, world.prompts, samples=8)
+    assert any("nothing to learn" in note for note in plan.notes)
+    assert plan.chosen.kl.value == pytest.approx(0, abs=1e-9)
+
+
+def test_a_plan_is_readable_and_goes_to_json(world):
+    import json
+
+    plan = tl.plan(world.target, world.prompts, samples=16)
+    assert "draws a prompt" in str(plan)
+    again = json.loads(json.dumps(plan.as_dict()))
+    assert set(again) >= {"prior_reward", "frontier", "best_of_n", "chosen", "per_prompt", "notes"}
+    assert again["frontier"][0]["log_z"]["kind"] == "lower"
