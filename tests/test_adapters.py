@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import pytest
-import tiltlm as tl
 import torch
-from conftest import make_model, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiltlm.lm.load import load
 from transformers import AutoModelForCausalLM
+
+import tiltlm as tl
+from conftest import make_model, make_tokenizer
+from tiltlm.lm.load import load
 
 PROMPTS = ["the film", "a quiet story of two"]
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
-import tiltlm as tl
 import torch
+
+import tiltlm as tl
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Weighted

@@ -3,8 +3,9 @@
 import math
 
 import pytest
-import tiltlm as tl
 import torch
+
+import tiltlm as tl
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_a, fixture_b, language, posterior_policy, small_language
 
@@ -84,9 +85,7 @@ def test_soft_values_satisfy_the_bellman_equation(a):
     table = world.prior.body.model.table[0].log_softmax(-1)
     for prefix in [(), (1,), (2, 0), (0, 1, 2)]:
         row = (3 ** len(prefix) - 1) // 2 + sum(t * 3**i for i, t in enumerate(reversed(prefix)))
-        backup = beta * torch.logsumexp(
-            torch.stack([table[row, t] + values[(*prefix, t)] / beta for t in range(3)]), 0
-        )
+        backup = beta * torch.logsumexp(torch.stack([table[row, t] + values[(*prefix, t)] / beta for t in range(3)]), 0)
         assert values[prefix] == pytest.approx(float(backup))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiltlm.lm import head as module
 from tiltlm.lm.head import Head, apply_law, token_kl, token_log_prob
 from tiltlm.protocols import Law

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import tiltlm as tl
 import torch
 from peft import LoraConfig, get_peft_model
+
+import tiltlm as tl
 from tiltlm.lm.head import apply_law
 from tiltlm.lm.load import load
 from tiltlm.lm.sample import pick
@@ -132,6 +133,7 @@ def test_pick_never_takes_an_impossible_token():
 
 def test_draws_of_a_tabular_model_follow_its_law(rng):
     from scipy.stats import chisquare
+
     from tiltlm.posterior.exact import posterior
 
     world = fixture_b()

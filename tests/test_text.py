@@ -1,6 +1,7 @@
 """Prompts as the model sees them."""
 
 import pytest
+
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from tiltlm.lm.load import load

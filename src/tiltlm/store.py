@@ -40,7 +40,8 @@ def save_scored(scored: Scored, folder: Path, key: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "draws.json").unlink(missing_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "draws.safetensors")
+        copies = {k: v.contiguous().clone() for k, v in tensors.items()}  # the prior's log_q may be the very log_prior
+        save_file(copies, folder / "draws.safetensors")
         partial = folder / "draws.json.tmp"
         partial.write_text(json.dumps(values, default=str))
         os.replace(partial, folder / "draws.json")  # last, so that its presence means that all is there

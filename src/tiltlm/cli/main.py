@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -148,18 +149,14 @@ class _DrawBars(Progress):
 
 def _draw_bars() -> _DrawBars:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    return _DrawBars(*columns, console=stderr, transient=True)
+    return _DrawBars(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 def _run(recipe: Recipe, bars: _DrawBars) -> Any:
-    import huggingface_hub
-    import transformers
-
+    from tiltlm.lm.load import quieten
     from tiltlm.workflow.run import Run
 
-    huggingface_hub.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quieten()
     return Run(recipe, progress=bars.bar)
 
 
@@ -187,7 +184,7 @@ def run() -> None:
     """Entry point: what the user can mend is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
     try:
-        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="tiltlm", standalone_mode=False)
     except USAGE_ERROR as error:
         _stop(_usage(error))
     except (InputError, FloatingPointError) as error:
@@ -205,7 +202,11 @@ def _stop(message: str) -> NoReturn:
 
 
 def _usage(error: Any) -> str:
-    """Typer's message on a flag, as one sentence that says where the flags are listed."""
+    """Typer's message on a flag, as one sentence with the flag's value, that says where the flags are listed."""
     message = error.format_message().rstrip(".")
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [value for flag, value in pairwise(sys.argv) if flag in names]
+    if given and message.startswith("Invalid value"):
+        message = f"{names[0]} is {given[-1]!r}: {error.message.rstrip('.')}"
     command = error.ctx.command_path if error.ctx is not None else "tiltlm"
     return f"{message[0].lower()}{message[1:]}; {command} --help lists what there is"

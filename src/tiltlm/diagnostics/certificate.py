@@ -349,6 +349,10 @@ def _cautions(scored: Scored) -> list[str]:
             f"{cut:.0%} of the completions were cut at {int(draws.lengths.max())} tokens (max_new_tokens); that is part of the "
             f"target, so raise it if your reward judges whole texts."
         )
+    if len(set(zip(draws.prompt_index.tolist(), draws.texts, strict=True))) == len(draws.prompt_index.unique()):
+        notes.append(
+            "All completions of every prompt are equal: the sampler has collapsed; take a larger beta, or train less."
+        )
     if scored.dropped:
         notes.append(f"{scored.dropped} completions without a usable reward were dropped; the target leaves them out.")
     return notes

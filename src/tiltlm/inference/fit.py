@@ -279,8 +279,8 @@ class _Loop:
             before = saved.values["identity"].get(name)
             if before != value:
                 raise InputError(
-                    f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with the "
-                    f"same settings, or choose another out folder"
+                    f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with "
+                    f"the same settings, or choose another out folder"
                 )
         self.optimiser.restore(saved.tensors)
         if isinstance(self.state, nn.Module):
@@ -352,12 +352,12 @@ def accumulate(
 
 
 def _map(forward: Forward, change: Callable[[Tensor], Tensor]) -> Forward:
-    return Forward(**{name: None if t is None else change(t) for name, t in vars(forward).items()})
+    return replace(forward, **{name: change(t) for name, t in vars(forward).items() if t is not None})
 
 
 def _join(parts: Sequence[Forward]) -> Forward:
-    names = vars(parts[0])
-    return Forward(**{n: None if names[n] is None else torch.cat([getattr(p, n) for p in parts]) for n in names})
+    filled = [name for name, t in vars(parts[0]).items() if t is not None]
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
 
 def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:

@@ -51,7 +51,7 @@ class Monitor:
         if self._path is not None:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
+                self._path.open("a").close()
             except OSError as error:
                 raise InputError(
                     f"out {str(self._path.parent)!r} cannot be written ({error.strerror}); choose another folder"

@@ -7,6 +7,7 @@ layer, an adapter on it) is run whole, and its logits are the features.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,10 @@ class Prefix:
 
 def select_cache(cache: DynamicCache, index: Int[Tensor, " B"]) -> DynamicCache:
     """A cache that holds the rows in `index`; differentiable, and the original keeps its rows."""
-    chosen = DynamicCache.__new__(type(cache))
-    chosen.__dict__.update(cache.__dict__)
+    chosen = copy.copy(cache)
     chosen.layers = []
     for layer in cache.layers:
-        other = type(layer).__new__(type(layer))
-        other.__dict__.update(layer.__dict__)
+        other: Any = copy.copy(layer)
         other.batch_select_indices(index)  # assigns new tensors, so `layer` keeps its own
         chosen.layers.append(other)
     return chosen
@@ -83,7 +82,8 @@ class Backbone:
     def head(self) -> Head:
         if self._body is None:
             return Head()
-        output, config = self.model.get_output_embeddings(), self.model.config
+        output: Any = self.model.get_output_embeddings()
+        config = self.model.config
         scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
         return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 

@@ -11,8 +11,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import huggingface_hub
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
@@ -122,7 +124,7 @@ def load(
             f"file or one of {', '.join(EMBEDDED)}"
         ) from error
     assert tokenizer is not None
-    return _assemble(loaded.to(device=where), tokenizer, str(model))
+    return _assemble(cast(Any, loaded).to(where), tokenizer, str(model))
 
 
 def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LanguageModel:
@@ -191,6 +193,13 @@ def _resolve(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
+def quieten() -> None:
+    """Keep transformers' own bars and notices off the screen; whoever runs a command has ours."""
+    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def cache_folder() -> Path:
     """Where prepared models live: TILTLM_CACHE, or the user's cache folder."""
     root = os.environ.get("TILTLM_CACHE") or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
@@ -212,7 +221,7 @@ def _converted(file: Path, name: str) -> Path:
         )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
         model.config._name_or_path = name
-        model.to(dtype=torch.bfloat16).save_pretrained(unfinished)
+        cast(Any, model).to(torch.bfloat16).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         try:
             shutil.copytree(unfinished, f"{unfinished}-done")

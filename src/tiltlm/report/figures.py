@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,11 +12,10 @@ import plotly.graph_objects as go
 from tiltlm.report.folder import Json, Run, finite
 from tiltlm.report.landing import at_beta, frontier_of, predicted, shortfall
 from tiltlm.report.palette import FONT, LIGHT
-from tiltlm.report.words import show, show_beta, spread
+from tiltlm.report.words import show, show_beta, show_range, spread
 
 
-
-def canvas(height: int, x: str, y: str = "", title: str = "") -> go.Figure:
+def canvas(height: int, x: str, y: str = "") -> go.Figure:
     """An empty figure: hairline grid, no box, room for what is said."""
     axis: dict[str, Any] = {
         "gridcolor": LIGHT["grid"],
@@ -36,19 +35,17 @@ def canvas(height: int, x: str, y: str = "", title: str = "") -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": LIGHT["ink"]},
-        margin={"l": 12, "r": 12, "t": 40 if title else 16, "b": 12},
+        margin={"l": 12, "r": 12, "t": 14, "b": 12},
         hovermode="closest",
-        hoverlabel={"bgcolor": LIGHT["paper"], "bordercolor": LIGHT["rule"], "font": {"color": LIGHT["ink"], "size": 13}},
+        hoverlabel={
+            "bgcolor": LIGHT["paper"],
+            "bordercolor": LIGHT["rule"],
+            "font": {"color": LIGHT["ink"], "size": 13},
+        },
         hoverlabel_align="left",
         dragmode=False,
-        showlegend=False,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "entrywidth": 1, "itemclick": False}
-        | {"font": {"color": LIGHT["muted"], "size": 13}, "itemdoubleclick": False},
+        showlegend=False,  # see legend.py
     )
-    if title:
-        style = {"size": 14, "color": LIGHT["ink"]}
-        figure.update_layout(title={"text": title, "x": 0, "xref": "container", "y": 1, "yref": "container", "font": style})
-        figure.update_layout(title_yanchor="top", title_pad={"t": 10, "l": 2})
     figure.update_xaxes(**axis, title_text=x, showline=True)
     figure.update_yaxes(**axis, title_text=y, showline=False)
     return figure
@@ -57,10 +54,10 @@ def canvas(height: int, x: str, y: str = "", title: str = "") -> go.Figure:
 def frontier_figure(run: Run) -> go.Figure:
     """Expected reward against KL to the prior: predicted over beta, best of n, and where the policy went."""
     figure = canvas(560, "KL to the prior, nats a completion", "expected reward, reward units")
-    figure.update_layout(showlegend=True, margin={"r": 24, "t": 24})
+    figure.update_layout(margin_r=24)
     points = frontier_of(run)
     right = _reach(run, points)
-    _add_curve(figure, points)
+    _add_curve(figure, [_origin(run), *points])
     _add_best_of_n(figure, run, right)
     _add_prior(figure, run.plan["prior_reward"])
     _add_path(figure, run.metrics)
@@ -72,6 +69,13 @@ def frontier_figure(run: Run) -> go.Figure:
     figure.update_xaxes(range=[-0.025 * right, right])
     figure.update_yaxes(range=[low - pad, high + pad])
     return figure
+
+
+def _origin(run: Run) -> Json:
+    """The prior as the frontier's first point: the optimum at an infinite beta."""
+    ess = run.plan.get("samples_per_prompt")
+    prior = run.plan["prior_reward"]
+    return {"beta": math.inf, "kl": {"value": 0.0}, "reward": prior, "ess": ess, "reliable": True}
 
 
 def _trusted(points: Sequence[Json]) -> int:
@@ -107,6 +111,7 @@ def _heights(run: Run, points: Sequence[Json], right: float) -> tuple[float, flo
 
 
 def _add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
+    points = [point for point in points if finite(point["reward"]["value"]) is not None]
     cut = _trusted(points)
     near, far = points[:cut], points[max(0, cut - 1) :]
     for part, tint in ((far, "posterior_far"), (near, "posterior_band")):
@@ -135,7 +140,8 @@ def _add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
                 name=name,
                 legendrank=rank,
                 customdata=[
-                    [show_beta(p["beta"]), show(p["reward"]["low"]), show(p["reward"]["high"]), show(p["ess"], 1)] for p in part
+                    [show_beta(p["beta"]), show(p["reward"]["low"]), show(p["reward"]["high"]), show(p["ess"], 1)]
+                    for p in part
                 ],
                 hovertemplate="<b>β = %{customdata[0]}</b><br>reward %{y:.3f} [%{customdata[1]}, %{customdata[2]}]"
                 "<br>KL %{x:.2f} nats<br>ESS %{customdata[3]}<extra></extra>",
@@ -208,7 +214,11 @@ def _add_path(figure: go.Figure, metrics: Sequence[Json]) -> None:
     raw, path = _pairs(metrics), smooth_path(metrics)
     if not raw:
         return
-    steps = [row["step"] for row in metrics if finite(row.get("kl_prior")) is not None and finite(row.get("reward")) is not None]
+    steps = [
+        row["step"]
+        for row in metrics
+        if finite(row.get("kl_prior")) is not None and finite(row.get("reward")) is not None
+    ]
     figure.add_scatter(
         x=[x for x, _ in raw],
         y=[y for _, y in raw],
@@ -309,34 +319,47 @@ def _round_betas(points: Sequence[Json]) -> list[float]:
     if not betas:
         return []
     decades = range(math.floor(math.log10(min(betas))), math.ceil(math.log10(max(betas))) + 1)
-    found = [float(f"{mantissa * 10.0**decade:.3g}") for mantissa in (1.0, 2.0, 5.0, 3.0, 1.5, 7.0) for decade in decades]
+    found = [
+        float(f"{mantissa * 10.0**decade:.3g}") for mantissa in (1.0, 2.0, 5.0, 3.0, 1.5, 7.0) for decade in decades
+    ]
     return [beta for beta in found if min(betas) <= beta <= max(betas)]
 
 
-def training_figures(run: Run) -> list[go.Figure]:
+@dataclass(frozen=True)
+class Panel:
+    """One of the small multiples; `goal` says what its dashed line is."""
+
+    title: str
+    unit: str
+    goal: str
+    figure: go.Figure
+
+
+def training_panels(run: Run) -> list[Panel]:
     """Reward, KL to the prior and ELBO over the steps, each with what the plan says of the posterior."""
     aim = predicted(run) or {}
     log_z = (run.certificate or {}).get("log_z_lower") or aim.get("log_z")
     columns = (
-        ("reward", "Expected reward", "reward units", aim.get("reward"), "predicted"),
+        ("reward", "Mean reward", "reward units", aim.get("reward"), "predicted"),
         ("kl_prior", "KL to the prior", "nats", aim.get("kl"), "predicted"),
-        ("elbo", "ELBO", "nats", log_z, "log Z"),
+        ("elbo", "ELBO", "nats", log_z, "log Z ≥"),
     )
-    figures = []
-    for name, title, unit, goal, word in columns:
+    panels = []
+    for name, title, unit, aimed, word in columns:
         pairs = [(row["step"], y) for row in run.metrics if (y := finite(row.get(name))) is not None]
+        goal = finite(aimed["value"]) if aimed else None
         if pairs:
-            figures.append(_curve(run, name, f"{title}, {unit}", pairs, finite(goal["value"]) if goal else None, word))
-    return figures
+            says = "" if goal is None else f"{word} {show(goal)}"
+            panels.append(Panel(title, unit, says, _curve(run, name, pairs, goal)))
+    return panels
 
 
-def _curve(
-    run: Run, name: str, title: str, pairs: Sequence[tuple[float, float]], goal: float | None, word: str
-) -> go.Figure:
-    figure = canvas(290, "step", title=title)
+def _curve(run: Run, name: str, pairs: Sequence[tuple[float, float]], goal: float | None) -> go.Figure:
+    figure = canvas(250, "step")
     steps, values = [x for x, _ in pairs], [y for _, y in pairs]
     hover = "step %{x}<br>%{y:.3f}<extra></extra>"
-    figure.add_scatter(x=steps, y=values, mode="lines", line={"color": LIGHT["policy_faint"], "width": 1.2}, hovertemplate=hover)
+    line = {"color": LIGHT["policy_faint"], "width": 1.2}
+    figure.add_scatter(x=steps, y=values, mode="lines", line=line, hovertemplate=hover)
     line = {"color": LIGHT["policy"], "width": 2.2}
     figure.add_scatter(x=steps, y=smooth(values), mode="lines", line=line, hoverinfo="skip")
     certified = [(row["step"], row["certificate"]) for row in run.metrics if row.get("certificate")]
@@ -345,19 +368,17 @@ def _curve(
     for step, certificate in certified:
         value, low, high = spread(certificate[name])
         if value is not None:
+            says = f"{show(value, 3)} {show_range(low, high, 3)}"
             figure.add_scatter(
                 x=[step],
                 y=[value],
                 error_y=_bars(value, low, high, LIGHT["policy"]),
                 mode="markers",
                 marker={"size": 9, "color": LIGHT["paper"], "line": {"color": LIGHT["policy"], "width": 2}},
-                hovertemplate=f"certificate after step {step}<br>{show(value, 3)} [{show(low, 3)}, {show(high, 3)}]<extra></extra>",
+                hovertemplate=f"certificate after step {step}<br>{says}<extra></extra>",
             )
     if goal is not None:
         figure.add_hline(y=goal, line={"color": LIGHT["posterior"], "width": 1.5, "dash": "dash"})
-        # Said in the title's row, where no curve can run through it.
-        text = {"text": f"– –  {word} {show(goal)}", "showarrow": False, "font": {"color": LIGHT["posterior"], "size": 13}}
-        figure.add_annotation(x=1, xref="paper", xanchor="right", y=1, yref="paper", yanchor="bottom", yshift=10, **text)
         # A line that no trace reaches would fall out of the range that Plotly finds by itself.
         figure.add_scatter(x=[steps[0]], y=[goal], mode="markers", marker={"opacity": 0}, hoverinfo="skip")
     return figure

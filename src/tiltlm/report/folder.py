@@ -15,6 +15,15 @@ Json = Mapping[str, Any]
 
 PLAN_KEYS = ("prior_reward", "frontier", "best_of_n", "chosen", "per_prompt", "notes")
 CERTIFICATE_KEYS = ("beta", "reward", "kl_prior", "elbo", "kl_posterior", "ess", "diversity", "per_prompt", "notes")
+NO_PLAN: Json = {
+    "prior_reward": {"value": None, "low": None, "high": None},
+    "frontier": [],
+    "best_of_n": [],
+    "chosen": None,
+    "per_prompt": [],
+    "notes": [],
+}
+"""Stands for a plan where there is none."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,22 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: if the folder or its plan is missing, or a file cannot be read.
     """
+    run = read_what_is_there(folder)
+    if run.plan is NO_PLAN:
+        raise InputError(f"{run.folder / 'plan.json'} is missing; run tiltlm plan first")
+    return run
+
+
+def read_what_is_there(folder: Path) -> Run:
+    """Read a run folder that may lack even its plan (a run at a given beta can be trained without one).
+
+    Raises:
+        InputError: if there is no such folder, or a file in it cannot be read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no run folder {str(folder)!r}; run tiltlm plan first, or check the path")
-    plan = _read(folder / "plan.json", PLAN_KEYS, "tiltlm plan")
-    if plan is None:
-        raise InputError(f"{folder / 'plan.json'} is missing; run tiltlm plan first")
+    plan = _read(folder / "plan.json", PLAN_KEYS, "tiltlm plan") or NO_PLAN
     return Run(
         folder=folder,
         recipe=_read(folder / "recipe.json", (), "tiltlm plan") or {},

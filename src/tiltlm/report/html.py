@@ -14,8 +14,9 @@ from plotly.offline import get_plotlyjs
 
 from tiltlm.errors import InputError
 from tiltlm.report import words
-from tiltlm.report.figures import frontier_figure, training_figures
+from tiltlm.report.figures import frontier_figure, training_panels
 from tiltlm.report.folder import Json, Run, finite, read_run
+from tiltlm.report.legend import legend
 from tiltlm.report.palette import DARK, FONT, LIGHT, to_dark
 from tiltlm.report.prompts import MOST, prompts_figure
 
@@ -56,17 +57,19 @@ def render(run: Run) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = words.show
     template = environment.from_string(files("tiltlm.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    prompts = prompts_figure(run)
+    frontier, prompts = frontier_figure(run), prompts_figure(run)
     return template.render(
         title=run.recipe.get("name") or run.folder.resolve().name,
         model=run.recipe.get("model"),
         headline=words.headline(run),
         lede=words.lede(run),
         cards=words.cards(run),
-        frontier=embed(frontier_figure(run)),
-        training=[embed(figure) for figure in training_figures(run)],
+        frontier=embed(frontier),
+        frontier_legend=legend(frontier),
+        training=[(panel, embed(panel.figure)) for panel in training_panels(run)],
         steps=len(run.metrics),
         prompts=embed(prompts) if prompts is not None else None,
+        prompts_legend=legend(prompts),
         prompt_count=_prompt_count(run),
         most=MOST,
         certified=run.certificate is not None,
@@ -74,10 +77,10 @@ def render(run: Run) -> str:
         open=OPEN,
         notes=words.notes(run),
         recipe=_recipe(run.recipe),
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - Plotly's own bundle, made for this
+        plotly=Markup(get_plotlyjs()),
         light=LIGHT,
         dark=DARK,
-        font=Markup(FONT),  # noqa: S704 - a constant
+        font=Markup(FONT),
         swap=embed(to_dark()),
     )
 
@@ -88,7 +91,7 @@ def embed(value: go.Figure | dict[str, str]) -> Markup:
     assert text is not None
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 - escaped above
+    return Markup(text)
 
 
 def _prompt_count(run: Run) -> int:
@@ -106,33 +109,35 @@ def _recipe(recipe: Json) -> list[tuple[str, str]]:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    """Samples with their reward's place between the smallest and the largest one, 0 to 100."""
-    rewards = [
-        number
-        for entry in run.samples
-        for name, _, _ in COLUMNS
-        for sample in entry.get(name) or []
-        if (number := finite(sample.get("reward"))) is not None
-    ]
-    low, high = (min(rewards), max(rewards)) if rewards else (0.0, 1.0)
-    bounds = run.recipe.get("bounds")
-    if isinstance(bounds, list | tuple) and len(bounds) == 2 and None not in map(finite, bounds):
-        low, high = min(low, bounds[0]), max(high, bounds[1])
+    """Each prompt with its columns; the policy's is left out before there is one."""
+    low, high = _reward_range(run)
     trained = bool(run.metrics) or run.certificate is not None
-    return [
-        {
-            "prompt": str(entry.get("prompt", "")),
-            "columns": [_column(entry.get(name) or [], name, low, high) | {"title": title, "empty": empty}
-                        for name, title, empty in COLUMNS if name != "policy" or trained or entry.get(name)],
-        }
-        for entry in run.samples
-    ]  # fmt: skip
+    rows = []
+    for entry in run.samples:
+        kinds = [kind for kind in COLUMNS if kind[0] != "policy" or trained or entry.get("policy")]
+        columns = [
+            _column(entry.get(name) or [], name, low, high) | {"title": title, "empty": empty}
+            for name, title, empty in kinds
+        ]
+        rows.append({"prompt": str(entry.get("prompt", "")), "columns": columns})
+    return rows
+
+
+def _reward_range(run: Run) -> tuple[float, float]:
+    """Between which rewards the badges go from grey to green: the reward's bounds, or what the samples show."""
+    shown = [sample for entry in run.samples for name, _, _ in COLUMNS for sample in entry.get(name) or []]
+    rewards = [reward for sample in shown if (reward := finite(sample.get("reward"))) is not None]
+    bounds = run.recipe.get("bounds")
+    if isinstance(bounds, list) and len(bounds) == 2:
+        rewards += [bound for value in bounds if (bound := finite(value)) is not None]
+    return (min(rewards), max(rewards)) if rewards else (0.0, 1.0)
 
 
 def _column(samples: list[Json], name: str, low: float, high: float) -> dict[str, Any]:
+    """Samples with their reward's place between `low` and `high`, 0 to 100."""
     shown = []
     for sample in samples[:SHOWN]:
         reward = finite(sample.get("reward"))
         share = None if reward is None else round(100 * (reward - low) / ((high - low) or 1.0))
-        shown.append({"text": str(sample.get("text", "")), "reward": words.show(reward), "share": share})
+        shown.append({"text": str(sample.get("text", "")).strip(), "reward": words.show(reward), "share": share})
     return {"name": name, "samples": shown, "more": max(0, len(samples) - SHOWN)}

@@ -103,6 +103,8 @@ def shortfall(run: Run) -> Shortfall | None:
                 return None
             slope = (right["reward"]["value"] - left["reward"]["value"]) / (stop - start)
             half = 0.0 if band["low"] is None or band["high"] is None else (band["high"] - band["low"]) / 2
-            error = math.hypot(half, Z95 * (finite(reward["stderr"]) or 0.0), slope * Z95 * (finite(kl["stderr"]) or 0.0))
+            error = math.hypot(
+                half, Z95 * (finite(reward["stderr"]) or 0.0), slope * Z95 * (finite(kl["stderr"]) or 0.0)
+            )
             return Shortfall(expected, expected - got, error, left["reliable"] and right["reliable"])
     return None

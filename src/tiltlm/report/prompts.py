@@ -60,8 +60,8 @@ def prompts_figure(run: Run) -> go.Figure | None:
     if not rows:
         return None
     both = run.certificate is not None
-    figure = canvas(110 + 30 * len(rows), "")
-    figure.update_layout(showlegend=True, margin={"t": 44, "r": 16})
+    figure = canvas(84 + 30 * len(rows), "")
+    figure.update_layout(margin_r=16)
     figure.update_yaxes(
         tickvals=list(range(len(rows))),
         ticktext=[_label(row.prompt) for row in rows],
@@ -75,7 +75,9 @@ def prompts_figure(run: Run) -> go.Figure | None:
     if both:
         grid = figure.layout.xaxis.to_plotly_json()
         figure.update_layout(xaxis={"domain": [0, 0.56]}, xaxis2=grid | {"domain": [0.62, 1], "anchor": "y"})
-        figure.update_layout(xaxis_title_text="KL to the posterior, nats", xaxis2_title_text="expected reward, reward units")
+        figure.update_layout(
+            xaxis_title_text="KL to the posterior, nats", xaxis2_title_text="expected reward, reward units"
+        )
         _add_intervals(figure, rows)
     else:
         figure.update_layout(xaxis_title_text="expected reward, reward units")
@@ -137,7 +139,12 @@ def _add_middles(figure: go.Figure, closed: Sequence[tuple[int, Row, Json]]) -> 
             x=[c["kl_posterior"]["value"] for _, _, c in closed],
             y=[y for y, _, _ in closed],
             mode="markers",
-            marker={"symbol": "circle", "size": 8, "color": LIGHT["paper"], "line": {"color": LIGHT["policy"], "width": 2}},
+            marker={
+                "symbol": "circle",
+                "size": 8,
+                "color": LIGHT["paper"],
+                "line": {"color": LIGHT["policy"], "width": 2},
+            },
             name="KL to the posterior, 95%",
             **_tips(closed),
         )
@@ -161,7 +168,9 @@ def _add_rewards(figure: go.Figure, run: Run, rows: Sequence[Row], axis: str) ->
     aim = predicted(run)
     # Without a chosen beta the plan's prompts stand at another temperature than the policy.
     fits = run.certificate is None or (
-        aim is not None and run.plan["chosen"] is not None and math.isclose(run.plan["chosen"]["beta"], aim["beta"], rel_tol=0.01)
+        aim is not None
+        and run.plan["chosen"] is not None
+        and math.isclose(run.plan["chosen"]["beta"], aim["beta"], rel_tol=0.01)
     )
     if fits:
         xs: list[float | None] = []
@@ -184,7 +193,12 @@ def _add_rewards(figure: go.Figure, run: Run, rows: Sequence[Row], axis: str) ->
                 x=[value for _, _, value in points],
                 y=[y for y, _, _ in points],
                 mode="markers",
-                marker={"symbol": symbol, "size": 9, "color": LIGHT[colour], "line": {"color": LIGHT[colour], "width": 2}},
+                marker={
+                    "symbol": symbol,
+                    "size": 9,
+                    "color": LIGHT[colour],
+                    "line": {"color": LIGHT[colour], "width": 2},
+                },
                 name=name,
                 xaxis=axis,
                 customdata=[_hover(row.prompt) for _, row, _ in points],

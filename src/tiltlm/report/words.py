@@ -23,7 +23,9 @@ def show(value: Any, places: int = 2) -> str:
 
 def show_beta(beta: float | None) -> str:
     """Three significant digits: betas span decades."""
-    return "–" if beta is None else f"{beta:.3g}"
+    if beta is None:
+        return "–"
+    return f"{beta:.3g}" if math.isfinite(beta) else "∞"
 
 
 def show_range(low: Any, high: Any, places: int = 2) -> str:
@@ -87,7 +89,9 @@ def lede(run: Run) -> list[str]:
             f"prior, whose own mean reward is {show_interval(prior)}."
         )
     else:
-        sentences.append(f"The prior’s mean reward is {show_interval(prior)}; no β was chosen, so the plan shows them all.")
+        sentences.append(
+            f"The prior’s mean reward is {show_interval(prior)}; no β was chosen, so the plan shows them all."
+        )
     verdict = position(run)
     if verdict:
         sentences.append(verdict)
@@ -100,10 +104,13 @@ def _outcome(run: Run, certificate: Json, aim: Json | None) -> list[str]:
     moved = "raised" if (finite(reward) or 0) >= (finite(start) or 0) else "lowered"
     goal = f"; the posterior’s is predicted at {show(aim['reward']['value'])}" if aim else ""
     sentences = [
-        f"Training {moved} the mean reward from {show(start)} to {show(reward)} at a cost of {show(kl)} nats from the prior{goal}."
+        f"Training {moved} the mean reward from {show(start)} to {show(reward)}, at a cost of {show(kl)} nats from the "
+        f"prior{goal}."
     ]
     if finite(certificate["kl_posterior"]["high"]) is None:
-        sentences.append("Nothing bounds the distance to the posterior from above: see the certificate’s notes for the remedy.")
+        sentences.append(
+            "Nothing bounds the distance to the posterior from above: see the certificate’s notes for the remedy."
+        )
     return sentences
 
 
@@ -116,9 +123,13 @@ def position(run: Run) -> str:
         return "The policy’s point is beyond the end of the predicted frontier."
     trust = "" if found.reliable else " (a part of the frontier that the plan does not trust)"
     expected = f"at its KL the frontier predicts {show(found.expected, 3)}"
-    if found.place == "on":
-        return f"The policy lies on the predicted frontier: {expected}, it has {show(found.expected - found.gap, 3)}{trust}."
     gap = f"{show(abs(found.gap), 3)} ± {show(found.error, 3)}"
+    if found.place == "on":
+        got, off = show(found.expected - found.gap, 3), show(-found.gap, 3)
+        return (
+            f"The policy lies on the predicted frontier: its mean reward is {got}, and {show(found.expected, 3)} is predicted at "
+            f"its KL{trust} (difference {off} ± {show(found.error, 3)})."
+        )
     tail = "; more plan samples would tell why" if found.place == "above" else ""
     return f"The policy lies {gap} {found.place} the predicted frontier: {expected}{trust}{tail}."
 
@@ -134,7 +145,13 @@ def cards(run: Run) -> list[dict[str, str]]:
         found.append(_card("KL to the prior", moved, "nats, predicted"))
         if aim:
             per = run.plan.get("samples_per_prompt")
-            found.append(_card("ESS of the plan", show(aim["ess"], 1), f"of {per} prior draws a prompt" if per else "draws a prompt"))
+            found.append(
+                _card(
+                    "ESS of the plan",
+                    show(aim["ess"], 1),
+                    f"of {per} prior draws a prompt" if per else "draws a prompt",
+                )
+            )
         return found
     interval, diversity = certificate["kl_posterior"], certificate["diversity"]
     reward = f"{show(prior['value'])} → {show(certificate['reward']['value'])}"

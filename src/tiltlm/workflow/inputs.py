@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,11 +57,13 @@ def _table(path: Path) -> Any:
     if not path.stat().st_size:
         raise InputError(f"prompts {str(path)!r} is empty; give at least one prompt")
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below, once
     try:
         return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps parser errors in many types
         reason = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:
+            raise InputError(f"prompts {str(path)!r} has no rows; give at least one prompt") from error
         raise InputError(
             f"prompts {str(path)!r} cannot be read as {path.suffix[1:]} ({reason[:200]}); mend it"
         ) from error

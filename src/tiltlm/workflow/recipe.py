@@ -114,7 +114,7 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values | given)
     except ValidationError as error:
-        raise InputError(_sentence(error, file)) from error
+        raise InputError(_sentence(error, file, given)) from error
 
 
 def _yaml(file: Path) -> dict[str, Any]:
@@ -138,12 +138,12 @@ def _beside(file: Path, name: str, value: Any) -> Any:
     return value
 
 
-def _sentence(error: ValidationError, file: Path | None) -> str:
+def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
     """The first fault as one sentence."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
     where = ".".join(str(part) for part in fault["loc"])
-    source = f" in {file}" if file is not None else ""
+    source = f" in {file}" if file is not None and where not in flags else ""
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, Recipe.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(Recipe.model_fields)}"

@@ -96,7 +96,8 @@ class Run:
     def target(self, beta: float) -> Target:
         """The target at a temperature."""
         r = self.recipe
-        return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, on_error=r.on_error)
+        name = r.reward.rpartition(":")[2]
+        return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
     # --- plan ---
 
