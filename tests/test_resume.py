@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from kill_and_resume import EVERY, PROMPTS, STEPS, scenarios, shortness
+from tiltlm.cli.main import run as run_program
 from tiltlm.inference import checkpoint
 from tiltlm.lm.load import load
 
@@ -285,7 +286,7 @@ def shortness(completions):
 """
 
 
-def test_ctrl_c_exits_with_130_and_a_run_that_can_go_on(tmp_path):
+def test_ctrl_c_exits_with_130_and_a_run_that_can_go_on(tmp_path, monkeypatch):
     model, tokenizer = make_model("llama"), make_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -315,7 +316,10 @@ def test_ctrl_c_exits_with_130_and_a_run_that_can_go_on(tmp_path):
     assert saved.step == 2
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     (tmp_path / "waits.py").write_text(REWARD.replace("calls == 4", "False"))
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tiltlm", "train", *recipe, "--resume"])
+    with pytest.raises(SystemExit) as end:
+        run_program()
+    assert end.value.code == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "run" / "policy" / "adapter_model.safetensors").is_file()
