@@ -269,13 +269,16 @@ class ModelPolicy(View):
         return dict(self.body.model.named_parameters())
 
     def fingerprint(self) -> str:
-        """A hash of the architecture and of a sample of the reference's weights."""
+        """A hash of the architecture and of a sample of the reference's weights, its adapter included."""
         digest = hashlib.sha256(type(self.body.model).__name__.encode())
-        for name, value in self.prior.body.model.named_parameters():
-            if "lora_" not in name:
-                digest.update(f"{name.replace('base_layer.', '')}{tuple(value.shape)}".encode())
-                sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
-                digest.update(sample.double().cpu().numpy().tobytes())
+        base = self.prior.body.model.named_parameters()
+        weights = {name.replace("base_layer.", ""): value for name, value in base if "lora_" not in name}
+        if self.prior.adapter is not None:
+            weights |= self.prior.body.adapters.parameters(self.prior.adapter)
+        for name, value in weights.items():
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
+            digest.update(sample.double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path) -> None:

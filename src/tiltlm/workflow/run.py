@@ -120,7 +120,7 @@ class Run:
             beta=r.beta,
             kl_budget=r.kl_budget,
             reward_goal=r.reward_goal,
-            scored=self._prior_draws(),
+            scored=self._prior_draws(r.beta or 1.0),
         )
         if r.beta is None and r.kl_budget is None and r.reward_goal is None:
             found = replace(found, chosen=None)
@@ -137,24 +137,15 @@ class Run:
         assert chosen is not None
         return chosen.beta
 
-    def _prior_draws(self) -> Scored:
-        """The prior's draws for `plan`, from the run's folder if they are there; scored at the recipe's beta or 1."""
-        r = self.recipe
-        key = self._draws_key()
-        target = self.target(r.beta or 1.0)
-        saved = load_scored(r.folder / "prior", key)
-        if saved is not None and len(saved.draws.prompts) == len(self.prompts):
-            return self._at(saved, r.beta or 1.0)
-        count = len(self.prompts) * r.samples
-        prior = self._reporting(self.prior, "prior draws", count)
-        scored = target.score(prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed)))
-        save_scored(self._at(scored, 1.0, old=target.beta), r.folder / "prior", key)
-        return scored
-
-    @staticmethod
-    def _at(scored: Scored, beta: float, old: float = 1.0) -> Scored:
-        """The same draws at another temperature; on disk they are at 1."""
-        return replace(scored, log_evidence=scored.log_evidence * (old / beta))
+    def _prior_draws(self, beta: float) -> Scored:
+        """The prior's draws, scored at `beta`; from the run's folder if they are there, where they are at beta = 1."""
+        r, key = self.recipe, self._draws_key()
+        scored = load_scored(r.folder / "prior", key)
+        if scored is None:
+            prior = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
+            scored = self.target(1.0).score(prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed)))
+            save_scored(scored, r.folder / "prior", key)
+        return replace(scored, log_evidence=scored.log_evidence / beta)
 
     def _draws_key(self) -> str:
         r = self.recipe
@@ -185,7 +176,7 @@ class Run:
         """Train the policy, write it as an adapter (or a model) with a model card; returns the beta."""
         beta = self.prepare(resume=resume)
         r = self.recipe
-        prior_draws = self._at(self._prior_draws(), beta, old=r.beta or 1.0) if r.certify_every else None
+        prior_draws = self._prior_draws(beta) if r.certify_every else None
         monitor = monitor or Monitor(out=r.folder, trackers=r.trackers, config=r.model_dump())
         policy = fit(
             self.target(beta),
@@ -225,14 +216,17 @@ class Run:
     # --- certify ---
 
     def certify(self, policy: str | None = None) -> Certificate:
-        """Certify the run's policy, another adapter, or the prior ("prior"); writes the certificate and samples."""
+        """Certify the run's policy, another adapter, or the prior ("prior").
+
+        The certificate and samples are written into the run's folder, unless they would replace those of its own policy.
+        """
         self.check()
         r = self.recipe
         require_writable_folder(r.folder)
         sampler = self._sampler(policy)
         beta = self._trained_beta(policy)
         target = self.target(beta)
-        prior_draws = self._at(self._prior_draws(), beta, old=r.beta or 1.0)
+        prior_draws = self._prior_draws(beta)
         certificate = certify(
             self._reporting(sampler, "policy draws", len(self.prompts) * r.samples),
             target,
@@ -242,9 +236,11 @@ class Run:
             exact_budget=r.exact_budget,
             seed=r.seed + 1,
         )
-        self._write("certificate.json", certificate.as_dict())
-        self._write_samples(target, prior_draws, certificate)
-        if (r.folder / "policy" / "tiltlm.json").exists():
+        has_policy = (r.folder / "policy" / "tiltlm.json").exists()
+        if policy is None or not has_policy:
+            self._write("certificate.json", certificate.as_dict())
+            self._write_samples(target, prior_draws, certificate)
+        if policy is None and has_policy:
             self._write_text("policy/README.md", model_card(r.folder))
         return certificate
 
@@ -298,6 +294,11 @@ class Run:
             raise InputError(f"engine is {engine!r}; choose {', '.join(ENGINES)}")
         sampler = None if proposal is None else self._sampler(proposal)
         target = self.target(self.chosen_beta())
+        count_drawn = len(self.prompts) * draws
+        if sampler is None:
+            target = replace(target, prior=self._reporting(self.prior, "proposals", count_drawn))
+        else:
+            sampler = self._reporting(sampler, "proposals", count_drawn)
         weighted = ENGINES[engine](draws).sample(
             target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed)
         )
