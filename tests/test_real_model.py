@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiltlm as tl
 import torch
 
+import tiltlm as tl
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-from sentiment import sentiment  # noqa: E402
+from sentiment import sentiment
 
 PROMPTS = ["The acting in this movie was", "After two hours in the cinema, I felt"]
 
@@ -44,6 +45,7 @@ def test_the_fused_head_is_used_and_agrees(lm, target):
 
 def test_plan_train_certify_and_load_with_peft(lm, target, tmp_path):
     from peft import PeftModel
+
     from tiltlm.lm.load import load
 
     plan = tl.plan(target, PROMPTS, samples=16)
