@@ -91,3 +91,17 @@ def rng():
 
 def tuples(count: int, length: int):
     return list(itertools.product(range(count), repeat=length))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show the coverage that the statistical tests measured, not only that they passed."""
+    lines = [
+        f"  {name.removeprefix('coverage_')}: {share:.1%}"
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        for name, share in report.user_properties
+        if name.startswith("coverage_")
+    ]
+    if lines:
+        terminalreporter.write_line("coverage of 95% intervals on languages whose truth is known:")
+        for line in lines:
+            terminalreporter.write_line(line)

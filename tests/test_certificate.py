@@ -75,7 +75,7 @@ def test_the_interval_covers_the_truth(world, exacts, share, record_property):
         + ", ".join(f"{k} {v:.1%}" for k, v in rates.items())
         + f"; width {width:.3f}"
     )
-    record_property(f"coverage_{share:g}", rates["both"])
+    record_property(f"coverage_certificate, KL(q||p*) = {truth:.3f} (width {width:.3f})", rates["both"])
     assert rates["both"] >= 0.92, rates
     assert min(rates["low"], rates["high"], rates["kl_prior"], rates["log_z"]) >= 0.92, rates
     assert width < 0.35, "an interval that covers because it is wide says nothing"

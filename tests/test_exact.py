@@ -163,3 +163,19 @@ def test_prompts_have_their_own_posterior():
     first, second = (ex.posterior(world.target, world.prompts, i) for i in range(2))
     assert first.log_z != pytest.approx(second.log_z)
     assert first.log_z == pytest.approx(math.log(sum(math.exp(t) for t in range(3)) / 3))
+
+
+def test_a_tabular_model_is_an_ordinary_model_for_others(tmp_path):
+    """transformers' own `generate`, `save_pretrained` and `Auto` classes work on it."""
+    from transformers import AutoModelForCausalLM
+
+    world = fixture_b()
+    model = world.prior.body.model
+    ids = world.prior.body.tokenizer("0 0", return_tensors="pt")["input_ids"][:, :1]
+    torch.manual_seed(0)
+    out = model.generate(ids, do_sample=True, max_new_tokens=5, num_return_sequences=500, pad_token_id=2)
+    first = torch.bincount(out[:, 1], minlength=3) / 500
+    assert first.tolist() == pytest.approx(model.table[0, 0].softmax(-1).tolist(), abs=0.07)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(again.table, model.table)

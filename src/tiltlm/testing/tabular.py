@@ -51,7 +51,7 @@ class TabularConfig(PreTrainedConfig):
         self.vocab_size, self.depth, self.prompt_length = vocab_size, depth, prompt_length
         self.max_position_embeddings = prompt_length + depth
         self.num_hidden_layers, self.hidden_size = 1, 1
-        super().__init__(eos_token_id=eos_token_id, tie_word_embeddings=False, **kwargs)  # pyright: ignore[reportCallIssue]
+        super().__init__(**{"eos_token_id": eos_token_id, "tie_word_embeddings": False} | kwargs)
 
     @property
     def prefixes(self) -> int:
