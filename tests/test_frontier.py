@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiltlm as tl
-from tiltlm.diagnostics.frontier import best_of_n
+from tiltlm.diagnostics.frontier import PriorSample, best_of_n
 from tiltlm.diagnostics.tilt import tilt, tilt_jackknife
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_a, language
@@ -54,7 +54,7 @@ def test_intervals_cover_the_exact_frontier(world, exacts, record_property):
     for _ in range(REPETITIONS):
         prompts = world.prompts.select(torch.randint(len(exacts), (PROMPTS,), generator=rng).tolist())
         scored = world.target.score(world.prior.draw(prompts, SAMPLES, rng))
-        sample = tl.diagnostics.frontier._Sample.of(scored, world.target.beta)
+        sample = PriorSample.of(scored, world.target.beta)
         for point in sample.points(torch.tensor(BETAS, dtype=torch.float64)):
             beta = min(BETAS, key=lambda b: abs(b - point.beta))
             hits[beta, "reward"] += truth[beta][0] in point.reward

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from scipy.stats import t as student
 from torch import Generator, Tensor
 
+from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan
 from tiltlm.diagnostics.tilt import Tilted, tilt, tilt_jackknife
 from tiltlm.errors import InputError
 from tiltlm.records import Estimate, Interval, Prompts, Scored
@@ -28,87 +29,6 @@ SHARE = 0.9
 """... for at least this share of the prompts."""
 GRID = 32
 REPLICATES = 200
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """The predicted optimum at one beta, averaged over prompts.
-
-    Attributes:
-        reward, kl: E r and KL(p*_beta || pi0) in nats, with intervals for prompts like these.
-        log_z: a lower bound in expectation (Jensen).
-        ess: effective draws a prompt behind the prediction, mean over prompts.
-        pareto_k: median over prompts of the shape of the weights' tail; above 0.7 do not trust.
-        needed: draws a prompt that the prediction asks for, MARGIN * exp(KL) of the hardest tenth of the prompts.
-        reliable: whether there are that many.
-    """
-
-    beta: float
-    reward: Interval
-    kl: Interval
-    log_z: Estimate
-    ess: float
-    pareto_k: float
-    needed: int
-    reliable: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "beta": self.beta,
-            "reward": self.reward.as_dict(),
-            "kl": self.kl.as_dict(),
-            "log_z": self.log_z.as_dict(),
-            "ess": self.ess,
-            "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
-            "needed_samples": self.needed,
-            "reliable": self.reliable,
-        }
-
-
-@dataclass(frozen=True)
-class BestOfNPoint:
-    """Best of n, averaged over prompts: its exact law on the empirical reward distribution.
-
-    Attributes:
-        kl: KL to the prior, ties taken into account.
-        kl_bound: log n - (n - 1) / n, which the KL never exceeds.
-    """
-
-    n: int
-    reward: float
-    kl: float
-    kl_bound: float
-
-    def as_dict(self) -> dict[str, float]:
-        return {"n": self.n, "reward": self.reward, "kl": self.kl, "kl_bound": self.kl_bound}
-
-
-@dataclass(frozen=True)
-class PromptPlan:
-    """The prediction for one prompt at the chosen beta; intervals over its own draws (bootstrap)."""
-
-    prompt: str
-    n: int
-    prior_reward: float
-    reward: Interval
-    kl: Interval
-    log_z: Estimate
-    ess: float
-    pareto_k: float
-    reliable: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt,
-            "n": self.n,
-            "prior_reward": self.prior_reward,
-            "reward": self.reward.as_dict(),
-            "kl": self.kl.as_dict(),
-            "log_z": self.log_z.as_dict(),
-            "ess": self.ess,
-            "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
-            "reliable": self.reliable,
-        }
 
 
 @dataclass(frozen=True)
@@ -136,7 +56,7 @@ class Plan:
 
     def at(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
-        return _Sample.of(self.scored, self.beta).point(beta)
+        return PriorSample.of(self.scored, self.beta).point(beta)
 
     def __str__(self) -> str:
         rows = [f"{'beta':>8}  {'E r':>22}  {'KL(p*||pi0)':>22}  {'ESS':>6}  {'draws needed':>12}"]
@@ -167,14 +87,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """Prior rewards by prompt."""
+class PriorSample:
+    """Prior rewards by prompt, and what their tilts predict."""
 
     rewards: tuple[Float[Tensor, " n"], ...]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, scored: Scored, beta: float) -> _Sample:
+    def of(cls, scored: Scored, beta: float) -> PriorSample:
         index, reward = scored.draws.prompt_index, beta * scored.log_evidence.double()
         texts = scored.draws.prompts.texts
         used = [p for p in range(len(texts)) if (index == p).any()]
@@ -205,8 +125,8 @@ class _Sample:
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=self._interval(tilted.reward[:, g], lambda t: t.reward, beta),
-                    kl=self._interval(tilted.kl[:, g], lambda t: t.kl, beta, floor=0.0),
+                    reward=self.interval(tilted.reward[:, g], lambda t: t.reward, beta),
+                    kl=self.interval(tilted.kl[:, g], lambda t: t.kl, beta, floor=0.0),
                     log_z=Estimate(float(log_z.mean()), spread, self.n * count, "lower"),
                     ess=float(plain.ess[:, g].mean()),
                     pareto_k=float(torch.tensor(ks).nanmedian()),
@@ -216,7 +136,7 @@ class _Sample:
             )
         return points
 
-    def _interval(
+    def interval(
         self, values: Float[Tensor, " P"], field: Callable[[Tilted], Tensor], beta: float, floor: float = -math.inf
     ) -> Interval:
         """For prompts like these: Student's t over prompts, whose estimates carry their own sampling noise.
@@ -289,7 +209,7 @@ def plan(
         scored = target.score(target.prior.draw(encoded, samples, Generator().manual_seed(seed)))
     if not len(scored):
         raise InputError("no completion has a reward: all were dropped; look at the reward function")
-    sample = _Sample.of(scored, target.beta)
+    sample = PriorSample.of(scored, target.beta)
     notes = _warnings(scored, sample)
     frontier = sample.points(_grid(sample, target.beta if beta is None else beta))
     if kl_budget is not None:
@@ -297,7 +217,7 @@ def plan(
     elif reward_goal is not None:
         beta = _solve(sample, reward_goal, "reward", "reward_goal", "reward")
     chosen = sample.point(target.beta if beta is None else beta)
-    prior = sample._interval(torch.stack([r.mean() for r in sample.rewards]), lambda t: t.reward, math.inf)
+    prior = sample.interval(torch.stack([r.mean() for r in sample.rewards]), lambda t: t.reward, math.inf)
     powers = [2**i for i in range(1, 12) if 2**i <= sample.n // 2]
     return Plan(
         prior_reward=prior,
@@ -312,14 +232,14 @@ def plan(
     )
 
 
-def _grid(sample: _Sample, beta: float) -> Float[Tensor, " G"]:
+def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
     """Temperatures from hardly any tilt to hardly any draw left, even in log beta; `beta` is inside."""
     spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
     low, high = min(spread / 6, beta / 2), max(spread * 10, beta * 2)
     return torch.logspace(math.log10(high), math.log10(low), GRID, dtype=torch.float64)
 
 
-def _solve(sample: _Sample, goal: float, field: str, name: str, unit: str) -> float:
+def _solve(sample: PriorSample, goal: float, field: str, name: str, unit: str) -> float:
     """The beta at which the mean over prompts of `field` is `goal`; it falls as beta grows."""
     spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
     betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
@@ -332,13 +252,13 @@ def _solve(sample: _Sample, goal: float, field: str, name: str, unit: str) -> fl
     return float(betas[int((values >= goal).nonzero()[0])])
 
 
-def _best_of_n_point(sample: _Sample, n: int) -> BestOfNPoint:
+def _best_of_n_point(sample: PriorSample, n: int) -> BestOfNPoint:
     pairs = [best_of_n(r, n) for r in sample.rewards]
     reward, kl = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
     return BestOfNPoint(n, reward, kl, math.log(n) - (n - 1) / n)
 
 
-def _prompt_plan(sample: _Sample, prompt: int, beta: float) -> PromptPlan:
+def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
     reward = sample.rewards[prompt]
     at = torch.tensor([beta], dtype=torch.float64)
     mean, plain = tilt_jackknife(reward, at), tilt(reward, at)
@@ -358,7 +278,7 @@ def _prompt_plan(sample: _Sample, prompt: int, beta: float) -> PromptPlan:
     )
 
 
-def _warnings(scored: Scored, sample: _Sample) -> list[str]:
+def _warnings(scored: Scored, sample: PriorSample) -> list[str]:
     notes = []
     draws = scored.draws
     cut = float((~draws.ended).double().mean())
@@ -380,7 +300,7 @@ def _warnings(scored: Scored, sample: _Sample) -> list[str]:
     return notes
 
 
-def _limits(sample: _Sample, frontier: Sequence[FrontierPoint], chosen: FrontierPoint | None) -> list[str]:
+def _limits(sample: PriorSample, frontier: Sequence[FrontierPoint], chosen: FrontierPoint | None) -> list[str]:
     """The sentence on what the draws cannot tell."""
     reliable = [point for point in frontier if point.reliable]
     if not reliable:
@@ -401,7 +321,7 @@ def _limits(sample: _Sample, frontier: Sequence[FrontierPoint], chosen: Frontier
     return notes
 
 
-def _extrapolated_need(sample: _Sample, trusted: float, wanted: float) -> int:
+def _extrapolated_need(sample: PriorSample, trusted: float, wanted: float) -> int:
     """Draws needed at a smaller beta, continuing the KL from where it can be trusted: dKL/dlambda = lambda Var r."""
     at = torch.tensor([trusted, trusted * 1.05], dtype=torch.float64)
     kl = sample.tilts(at, jackknife=False).kl.quantile(SHARE, 0)
