@@ -7,9 +7,9 @@ predicts the reward and the KL of every beta's optimum before anything is traine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,6 @@ MARGIN = 4.0
 SHARE = 0.9
 """... for at least this share of the prompts."""
 GRID = 32
-REPLICATES = 200
 
 
 @dataclass(frozen=True)
@@ -105,28 +104,34 @@ class PriorSample:
     def n(self) -> int:
         return min(len(r) for r in self.rewards)
 
-    def tilts(self, betas: Float[Tensor, " G"], *, jackknife: bool = True) -> Tilted:
-        """Estimates of every prompt, (P, G)."""
-        parts = [(tilt_jackknife if jackknife else tilt)(r, betas) for r in self.rewards]
-        fields = ("reward", "kl", "log_z", "ess")
-        return Tilted(*(torch.stack([getattr(part, name) for part in parts]) for name in fields))
+    def tilts(self, betas: Float[Tensor, " G"]) -> Tilted:
+        """Plain estimates of every prompt, (P, G)."""
+        parts = [tilt(r, betas) for r in self.rewards]
+        return Tilted(*(torch.stack([getattr(p, name) for p in parts]) for name in ("reward", "kl", "log_z", "ess")))
+
+    def unbiased(self, betas: Float[Tensor, " G"], field: Literal["reward", "kl"]) -> Float[Tensor, "P G"]:
+        """Jackknifed estimates of every prompt."""
+        return torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
 
     def point(self, beta: float) -> FrontierPoint:
+        """The prediction at one beta."""
         return self.points(torch.tensor([beta], dtype=torch.float64))[0]
 
     def points(self, betas: Float[Tensor, " G"]) -> list[FrontierPoint]:
-        tilted, plain = self.tilts(betas), self.tilts(betas, jackknife=False)
+        """The prediction at each beta."""
+        plain, count = self.tilts(betas), len(self.rewards)
+        jackknifed = [tilt_jackknife(r, betas) for r in self.rewards]
         points = []
         for g, beta in enumerate(betas.tolist()):
             hard = float(plain.kl[:, g].quantile(SHARE))
             ks = [pareto_k(r / beta) for r in self.rewards]
-            log_z, count = tilted.log_z[:, g], len(self.rewards)
+            log_z = plain.log_z[:, g]
             spread = float(log_z.std() / math.sqrt(count)) if count > 1 else math.nan
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=self.interval(tilted.reward[:, g], lambda t: t.reward, beta),
-                    kl=self.interval(tilted.kl[:, g], lambda t: t.kl, beta, floor=0.0),
+                    reward=_over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n),
+                    kl=_floored(_over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n)),
                     log_z=Estimate(float(log_z.mean()), spread, self.n * count, "lower"),
                     ess=float(plain.ess[:, g].mean()),
                     pareto_k=float(torch.tensor(ks).nanmedian()),
@@ -136,35 +141,29 @@ class PriorSample:
             )
         return points
 
-    def interval(
-        self, values: Float[Tensor, " P"], field: Callable[[Tilted], Tensor], beta: float, floor: float = -math.inf
-    ) -> Interval:
-        """For prompts like these: Student's t over prompts, whose estimates carry their own sampling noise.
 
-        Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
-        bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With
-        a single prompt, the bootstrap over its draws.
-        """
-        value = float(values.mean())
-        if len(values) < 2:
-            return bootstrap(self.rewards[0], field, beta, value)
-        half = float(student.ppf(0.975, len(values) - 1)) * float(values.std()) / math.sqrt(len(values))
-        return Interval(max(floor, value), max(floor, value - half), value + half)
+def _over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
+    """95% interval of a mean, for prompts like these: Student's t over prompts, whose estimates carry their own noise.
+
+    Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
+    bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With a
+    single prompt, by its own standard error.
+    """
+    if len(estimates) == 1:
+        return _own_interval(*estimates[0], n)
+    values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
+    return _own_interval(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
 
 
-def bootstrap(
-    reward: Float[Tensor, " N"], field: Callable[[Tilted], Tensor], beta: float, centre: float, seed: int = 0
-) -> Interval:
-    """95% interval of one prompt's tilted moment, by resampling its draws; centred at the jackknifed estimate."""
-    n, rng = len(reward), Generator().manual_seed(seed)
-    rows = torch.randint(n, (REPLICATES, n), generator=rng)
-    counts = torch.zeros(REPLICATES, n, dtype=reward.dtype).scatter_add_(
-        1, rows, torch.ones_like(rows, dtype=reward.dtype)
-    )
-    values = field(tilt(reward, torch.tensor([beta], dtype=reward.dtype), counts))[:, 0]
-    values = values - values.mean() + centre
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(centre, low, high)
+def _own_interval(value: float, stderr: float, n: int) -> Interval:
+    """95% interval by Student's t with n - 1 degrees of freedom."""
+    half = float(student.ppf(0.975, n - 1)) * stderr if n > 1 else math.inf
+    return Interval(value, value - half, value + half)
+
+
+def _floored(interval: Interval) -> Interval:
+    """A KL divergence is not negative."""
+    return replace(interval, value=max(0.0, interval.value), low=max(0.0, interval.low))
 
 
 def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
@@ -217,7 +216,8 @@ def plan(
     elif reward_goal is not None:
         beta = _solve(sample, reward_goal, "reward", "reward_goal", "reward")
     chosen = sample.point(target.beta if beta is None else beta)
-    prior = sample.interval(torch.stack([r.mean() for r in sample.rewards]), lambda t: t.reward, math.inf)
+    means = [(float(r.mean()), float(r.std()) / math.sqrt(len(r))) for r in sample.rewards]
+    prior = _over_prompts(means, sample.n)
     powers = [2**i for i in range(1, 12) if 2**i <= sample.n // 2]
     return Plan(
         prior_reward=prior,
@@ -239,11 +239,11 @@ def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
     return torch.logspace(math.log10(high), math.log10(low), GRID, dtype=torch.float64)
 
 
-def _solve(sample: PriorSample, goal: float, field: str, name: str, unit: str) -> float:
+def _solve(sample: PriorSample, goal: float, field: Literal["reward", "kl"], name: str, unit: str) -> float:
     """The beta at which the mean over prompts of `field` is `goal`; it falls as beta grows."""
     spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
     betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
-    values = getattr(sample.tilts(betas), field).mean(0)
+    values = sample.unbiased(betas, field).mean(0)
     if not float(values[0]) <= goal <= float(values[-1]):
         raise InputError(
             f"{name} is {goal:g}, but with these draws the frontier goes from {float(values[0]):.3g} to "
@@ -264,13 +264,12 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
     mean, plain = tilt_jackknife(reward, at), tilt(reward, at)
     n = len(reward)
     relative = float(n / plain.ess[0] - 1)
-    kl = bootstrap(reward, lambda t: t.kl, beta, float(mean.kl[0]), seed=prompt)
     return PromptPlan(
         prompt=sample.names[prompt],
         n=n,
         prior_reward=float(reward.mean()),
-        reward=bootstrap(reward, lambda t: t.reward, beta, float(mean.reward[0]), seed=prompt),
-        kl=replace(kl, low=max(0.0, kl.low), value=max(0.0, kl.value)),
+        reward=_own_interval(float(mean.reward), float(mean.reward_stderr), n),
+        kl=_floored(_own_interval(float(mean.kl), float(mean.kl_stderr), n)),
         log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
         ess=float(plain.ess[0]),
         pareto_k=pareto_k(reward / beta),
@@ -324,7 +323,7 @@ def _limits(sample: PriorSample, frontier: Sequence[FrontierPoint], chosen: Fron
 def _extrapolated_need(sample: PriorSample, trusted: float, wanted: float) -> int:
     """Draws needed at a smaller beta, continuing the KL from where it can be trusted: dKL/dlambda = lambda Var r."""
     at = torch.tensor([trusted, trusted * 1.05], dtype=torch.float64)
-    kl = sample.tilts(at, jackknife=False).kl.quantile(SHARE, 0)
+    kl = sample.tilts(at).kl.quantile(SHARE, 0)
     slope = float(kl[0] - kl[1]) / (1 / trusted**2 - 1 / (1.05 * trusted) ** 2)
     grown = float(kl[0]) + slope * (1 / wanted**2 - 1 / trusted**2)
     return _round_up(MARGIN * math.exp(min(grown, 30.0)))

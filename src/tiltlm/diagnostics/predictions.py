@@ -64,7 +64,7 @@ class BestOfNPoint:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """The prediction for one prompt at the chosen beta; intervals over its own draws (bootstrap)."""
+    """The prediction for one prompt at the chosen beta; intervals over its own draws."""
 
     prompt: str
     n: int

@@ -29,7 +29,7 @@ def tilt(
     """Tilt one prompt's prior sample to each temperature.
 
     Args:
-        counts: how often each draw counts; ones by default. Bootstrap replicates are rows of counts.
+        counts: how often each draw counts; ones by default. Rows of counts are other samples of the same draws.
     """
     if counts is None:
         counts = torch.ones_like(reward)
@@ -40,18 +40,29 @@ def tilt(
     return _moments(s0, s1, s2, counts.sum(-1)[..., None], peak, betas)
 
 
-def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> Tilted:
-    """The same with the bias of order 1 / n taken out by the jackknife (Quenouille 1956); ESS and log Z are plain."""
-    n = len(reward)
-    full = tilt(reward, betas)
+@dataclass(frozen=True)
+class Jackknifed:
+    """Moments of one tilted sample without their bias of order 1 / n, and their standard errors."""
+
+    reward: Float[Tensor, " G"]
+    reward_stderr: Float[Tensor, " G"]
+    kl: Float[Tensor, " G"]
+    kl_stderr: Float[Tensor, " G"]
+
+
+def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> Jackknifed:
+    """Tilt one prompt's prior sample with each draw left out in turn (Quenouille 1956; Tukey 1958)."""
+    n, full = len(reward), tilt(reward, betas)
     if n < 2:
-        return full
+        unknown = torch.full_like(betas, torch.nan)
+        return Jackknifed(full.reward, unknown, full.kl, unknown)
     without = tilt(reward, betas, torch.ones(n, n, dtype=reward.dtype) - torch.eye(n, dtype=reward.dtype))
 
-    def corrected(theta: Tensor, left_out: Tensor) -> Tensor:
-        return n * theta - (n - 1) * left_out.mean(0)
+    def estimate(theta: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
+        mean = left_out.mean(0)
+        return n * theta - (n - 1) * mean, ((n - 1) / n * (left_out - mean).square().sum(0)).sqrt()
 
-    return Tilted(corrected(full.reward, without.reward), corrected(full.kl, without.kl), full.log_z, full.ess)
+    return Jackknifed(*estimate(full.reward, without.reward), *estimate(full.kl, without.kl))
 
 
 def _moments(s0: Tensor, s1: Tensor, s2: Tensor, n: Tensor, peak: Tensor, betas: Tensor) -> Tilted:
