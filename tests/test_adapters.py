@@ -151,6 +151,36 @@ def test_an_adapter_of_another_model_is_refused(setting, saved_adapter):
         prior.policy(start=saved_adapter.parent / "nowhere")
 
 
+def test_an_adapter_on_the_output_layer_counts(setting, rng):
+    """Then the fused head would leave it out, so the model is run whole."""
+    _, prior, draws = setting
+    policy = prior.policy(lora=tl.LoRA(2, targets=("lm_head", "v_proj")))
+    shake(policy)
+    ids = torch.cat([draws.prompts.tokens[0][draws.prompts.mask[0]], draws.tokens[0][draws.mask[0]]])[None]
+    policy._activate()
+    with torch.no_grad():
+        logits = policy.body.model(input_ids=ids).logits[0].log_softmax(-1)
+    length = int(draws.lengths[0])
+    want = logits[-length - 1 : -1].gather(-1, ids[0, -length:, None])[:, 0]
+    torch.testing.assert_close(score(policy, draws)[0, :length], want, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_survive_a_look_at_the_prior(setting):
+    """The prior switches the adapter off between the policy's forward and backward pass."""
+    _, prior, draws = setting
+    policy = prior.policy(lora=tl.LoRA(2))
+    shake(policy)
+    forward = policy.forward(draws, frozenset({"log_q"}))
+    score(prior, draws)
+    forward.log_q.sum().backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in policy.named_parameters().values())
+
+
+def test_two_models_never_pass_for_one(rng):
+    first, second = (load(make_model("llama", seed=s), make_tokenizer()).prior(max_new_tokens=4) for s in (0, 1))
+    assert first.identity != second.identity
+
+
 def test_top_k_cannot_be_trained():
     prior = load(make_model("llama"), make_tokenizer()).prior(top_k=5)
     with pytest.raises(tl.InputError, match="top_k is 5"):

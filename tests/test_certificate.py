@@ -14,6 +14,7 @@ from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
 
 REPETITIONS = 200
+GATE = 0.95 - 3 * math.sqrt(0.95 * 0.05 / REPETITIONS)  # what 200 repetitions can tell from 95%
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,7 @@ def test_the_interval_covers_the_truth(world, exacts, share, record_property):
         + f"; width {width:.3f}"
     )
     record_property(f"coverage_certificate, KL(q||p*) = {truth:.3f} (width {width:.3f})", rates["both"])
-    assert rates["both"] >= 0.92, rates
-    assert min(rates["low"], rates["high"], rates["kl_prior"], rates["log_z"]) >= 0.92, rates
+    assert min(rates.values()) >= GATE, rates
     assert width < 0.35, "an interval that covers because it is wide says nothing"
 
 
@@ -126,9 +126,22 @@ def test_without_exact_samples_there_is_no_upper_side(world):
 
 def test_a_single_exact_sample_is_enough_for_an_upper_bound():
     log_w = torch.tensor([0.1, 0.4, -0.2, 0.0], dtype=torch.float64)
-    bounds = prompt_bounds(log_w, torch.tensor([0.3], dtype=torch.float64), pooled_variance=0.01)
+    one = torch.tensor([0.3], dtype=torch.float64)
+    bounds = prompt_bounds(log_w, one, pooled_variance=0.01)
     assert 0 <= bounds.low < bounds.high
     assert math.isfinite(bounds.interval.high)
+    assert prompt_bounds(log_w, one, pooled_variance=None).high == math.inf, "its error is not known"
+
+
+def test_prior_draws_of_another_temperature_are_taken_at_the_targets(world, rng):
+    """The plan's draws are scored at the plan's beta; the certificate wants them at its own."""
+    hot = world.target.at(5.0).score(world.prior.draw(world.prompts, 400, rng))
+    found = tl.certify(world.prior, world.target, world.prompts, samples=64, prior_draws=hot)
+    again = tl.certify(world.prior, world.target, world.prompts, samples=64, prior_draws=hot.at(0.5))
+    assert found.exact_samples == again.exact_samples
+    assert found.kl_posterior == again.kl_posterior
+    with pytest.raises(tl.InputError, match="other prompts"):
+        tl.certify(world.prior, world.target, world.prompts.select([0, 1]), samples=8, prior_draws=hot)
 
 
 def test_the_prior_is_certified_too(world, exacts):

@@ -111,6 +111,23 @@ class K3InTheLoss(Planted):
         return -(advantage.detach() * forward.log_q.sum(-1)).mean() + (log_rho.exp() - 1 - log_rho).mean(), {}
 
 
+class Repelled(tl.RLOO):
+    """The right loss with the wrong sign: p* is a fixed point, but nobody gets there."""
+
+    def loss(self, forward, scored, state=None):
+        loss, info = super().loss(forward, scored, state)
+        return -loss, info
+
+    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="of its own", bias="none")
+
+
+class Nothing(Repelled):
+    """Wants nothing anywhere, so also nothing at p*."""
+
+    def loss(self, forward, scored, state=None):
+        return 0.0 * forward.log_q.sum(), {}
+
+
 class ModestRLOO(tl.RLOO):
     """Says that it does not reach p*, although it does."""
 
@@ -119,7 +136,18 @@ class ModestRLOO(tl.RLOO):
 
 @pytest.mark.parametrize(
     "engine",
-    [NoKL(), WrongSign(), MeanWithSelf(), NoBaseline(), PerToken(), WithoutEOS(), NormalisedByStd(), K3InTheLoss()],
+    [
+        NoKL(),
+        WrongSign(),
+        MeanWithSelf(),
+        NoBaseline(),
+        PerToken(),
+        WithoutEOS(),
+        NormalisedByStd(),
+        K3InTheLoss(),
+        Repelled(),
+        Nothing(),
+    ],
     ids=lambda e: type(e).__name__,
 )
 def test_a_false_training_claim_is_refuted(engine):
@@ -164,9 +192,17 @@ class UnweightedSample(tl.Importance):
         return Weighted(weighted.scored, torch.zeros_like(weighted.log_w))
 
 
+class IgnoresTheProposal(tl.Importance):
+    """Weights by the evidence alone, whoever drew."""
+
+    def sample(self, target, prompts, *, proposal=None, rng):
+        weighted = super().sample(target, prompts, proposal=proposal, rng=rng)
+        return Weighted(weighted.scored, weighted.scored.log_evidence)
+
+
 @pytest.mark.parametrize(
     "engine",
-    [ExactBestOfN(), ExactImportance(), LooseRejection(), UnweightedSample()],
+    [ExactBestOfN(), ExactImportance(), LooseRejection(), UnweightedSample(), IgnoresTheProposal()],
     ids=lambda e: type(e).__name__,
 )
 def test_a_false_decoding_claim_is_refuted(engine):

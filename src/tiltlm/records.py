@@ -148,6 +148,7 @@ class Scored:
         log_prior: log-probability of each token under the prior, 0 on padding.
         log_evidence: log-likelihood of each completion.
         rewards: the value of every part of the evidence by name.
+        beta: the temperature at which the evidence was taken.
         dropped: completions that were drawn but left out because the evidence could not judge them.
     """
 
@@ -155,10 +156,15 @@ class Scored:
     log_prior: Float[Tensor, "B T"]
     log_evidence: Float[Tensor, " B"]
     rewards: Mapping[str, Float[Tensor, " B"]] = field(default_factory=dict)
+    beta: float = 1.0
     dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.draws)
+
+    def at(self, beta: float) -> Scored:
+        """The same draws with the same rewards at another temperature."""
+        return replace(self, log_evidence=self.log_evidence * (self.beta / beta), beta=beta)
 
     @property
     def log_target(self) -> Float[Tensor, " B"]:
@@ -193,6 +199,7 @@ class Scored:
             ),
             log_evidence=torch.cat([p.log_evidence for p in parts]),
             rewards={name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
+            beta=parts[0].beta,
             dropped=sum(p.dropped for p in parts),
         )
 

@@ -35,6 +35,7 @@ def save_scored(scored: Scored, folder: Path, key: str) -> None:
         "texts": draws.texts,
         "prompts": prompts.texts,
         "columns": prompts.columns,
+        "beta": scored.beta,
         "dropped": scored.dropped,
     }
     try:
@@ -72,4 +73,11 @@ def load_scored(folder: Path, key: str) -> Scored | None:
         tuple(values["texts"]),
     )
     rewards = {name[7:]: value for name, value in tensors.items() if name.startswith("reward.")}
-    return Scored(draws, tensors["log_prior"], tensors["log_evidence"].to(torch.float64), rewards, values["dropped"])
+    return Scored(
+        draws,
+        tensors["log_prior"],
+        tensors["log_evidence"].to(torch.float64),
+        rewards,
+        beta=values["beta"],
+        dropped=values["dropped"],
+    )

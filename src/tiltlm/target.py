@@ -50,6 +50,7 @@ class Target:
             log_prior=self.prior.log_prob(rows) if len(rows) else rows.log_q,
             log_evidence=likelihood.log if whole else likelihood.log[kept],
             rewards={name: value if whole else value[kept] for name, value in likelihood.rewards.items()},
+            beta=self.beta,
             dropped=int((~kept).sum()),
         )
 

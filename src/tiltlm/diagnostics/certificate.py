@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ from tiltlm.errors import InputError
 from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.protocols import Sampler
 from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored
+from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 from tiltlm.weights import group_count, pareto_k
 
 Z95 = 1.959964
 """Standard normal quantile of a 95% interval."""
+ENOUGH = 2
+"""Exact samples of a prompt that are enough: with one, the upper bound's error cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +168,15 @@ def certify(
     Args:
         sampler: a policy, the prior, or anything with `draw` and `log_prob`.
         samples: draws a prompt.
-        prior_draws: prior draws that are there already (those of `plan`), scored at any beta; the ones that rejection
-            accepts are exact posterior samples for nothing.
-        exact_budget: most further prior draws for each prompt that has no exact sample yet.
+        prior_draws: draws of the prior for the same prompts that are there already (those of `plan`), at any beta; the ones
+            that rejection accepts are exact posterior samples for nothing.
+        exact_budget: most further prior draws for each prompt that has fewer than two exact samples.
 
     Raises:
         InputError: if no completion has a usable reward.
     """
     encoded = target.prior.encode(prompts)
-    rng = Generator().manual_seed(seed)
+    rng = generator(seed, "certify")
     scored = require_finite(target.score(sampler.draw(encoded, samples, rng)))
     if (group_count(scored.draws.prompt_index, len(encoded)) < 2).any():
         raise InputError("some prompt has fewer than 2 completions with a reward; raise samples, or mend the reward")
@@ -200,13 +203,17 @@ def exact_samples(
         ]
     found: list[Scored] = []
     missing = list(range(len(prompts)))
-    if prior_draws is not None and len(prior_draws.draws.prompts) == len(prompts):
-        weighted = Rejection().weigh(target, prior_draws, rng).kept()
+    if prior_draws is not None:
+        if not _same_prompts(prior_draws.draws.prompts, prompts):
+            raise InputError(
+                "prior_draws are draws for other prompts; draw again, or certify on the prompts of the plan"
+            )
+        weighted = Rejection().weigh(target, prior_draws.at(target.beta), rng).kept()
         found.append(weighted.scored)
         counts = group_count(weighted.scored.draws.prompt_index, len(prompts))
-        missing = [p for p in missing if counts[p] == 0]
+        missing = [p for p in missing if counts[p] < ENOUGH]
     if missing and budget > 0:
-        engine = Rejection(n=budget, samples=2 if prior_draws is None else 1, round=min(64, budget))
+        engine = Rejection(n=budget, samples=ENOUGH, round=min(64, budget))
         scored = engine.sample(target, prompts.select(missing), rng=rng).kept().scored
         found.append(_among(scored, prompts, missing))
     if not found:
@@ -222,10 +229,12 @@ def exact_samples(
     ]
 
 
+def _same_prompts(a: Prompts, b: Prompts) -> bool:
+    return a.tokens.shape == b.tokens.shape and torch.equal(a.tokens * a.mask, b.tokens * b.mask)
+
+
 def _among(scored: Scored, prompts: Prompts, index: Sequence[int]) -> Scored:
-    return Scored(
-        scored.draws.among(prompts, index), scored.log_prior, scored.log_evidence, scored.rewards, scored.dropped
-    )
+    return replace(scored, draws=scored.draws.among(prompts, index))
 
 
 def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, " B"]:
@@ -237,7 +246,9 @@ def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, 
     return (scored.draws.log_q - scored.log_prior).double().sum(-1)
 
 
-def prompt_bounds(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], pooled_variance: float) -> Bounds:
+def prompt_bounds(
+    log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], pooled_variance: float | None
+) -> Bounds:
     """Bounds of KL(q || p*) for one prompt.
 
     Lower: log mean w - mean log w over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
@@ -246,7 +257,8 @@ def prompt_bounds(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], 
     Args:
         log_w: log-weights of q's draws.
         log_w_exact: log-weights of exact posterior samples; may be empty.
-        pooled_variance: of the upper bound's terms between exact samples, used where M = 1.
+        pooled_variance: of the upper bound's terms between exact samples, used where M = 1; without it a single exact sample
+            has no error to go by, and there is no upper side.
     """
     n, m = len(log_w), len(log_w_exact)
     peak = torch.cat([log_w, log_w_exact]).max()
@@ -257,9 +269,9 @@ def prompt_bounds(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], 
     influence = w / w.mean() - log_w
     stderr = float(influence.std()) / math.sqrt(n)
     high, high_stderr = math.inf, math.nan
-    if m:
+    if m > 1 or (m == 1 and pooled_variance is not None):
         terms = upper_terms(log_w, log_w_exact)
-        variance = float(terms.var()) if m > 1 else pooled_variance
+        variance = float(terms.var()) if m > 1 else float(pooled_variance or 0.0)
         high = float(terms.mean()) - mean_log
         high_stderr = math.sqrt(stderr**2 + variance / m)
     ess = float(w.sum().square() / w.square().sum())
@@ -290,7 +302,7 @@ def _assemble(
     posterior = log_w_exact.double() if log_w_exact is not None else torch.zeros(0, dtype=torch.float64)
     exact_groups = [posterior[exact_index == p] for p in range(len(prompts))]
     spreads = [float(upper_terms(a, b).var()) for a, b in zip(groups, exact_groups, strict=True) if len(b) > 1]
-    pooled = sum(spreads) / len(spreads) if spreads else 0.0
+    pooled = sum(spreads) / len(spreads) if spreads else None
     bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
     texts = [t if isinstance(t, str) else str(t[-1]["content"]) for t in prompts.texts]
     per_prompt = tuple(
@@ -299,7 +311,9 @@ def _assemble(
     )
     elbo = _mean([b.elbo.value for b in bounds], [b.elbo.stderr for b in bounds], samples)
     low = _mean([b.low for b in bounds], [b.low_stderr for b in bounds], samples)
-    complete = all(b.exact for b in bounds)
+    complete = all(math.isfinite(b.high) for b in bounds)
+    if exact is not None and not complete and not notes:
+        notes = ["no upper bound: one exact posterior sample in all has no error to go by; raise exact_budget."]
     high = _mean([b.high for b in bounds], [b.high_stderr for b in bounds], samples) if complete else None
     interval = Interval(
         value=max(0.0, (low.value + high.value) / 2 if high else low.value),
@@ -354,5 +368,9 @@ def _cautions(scored: Scored) -> list[str]:
             "All completions of every prompt are equal: the sampler has collapsed; take a larger beta, or train less."
         )
     if scored.dropped:
-        notes.append(f"{scored.dropped} completions without a usable reward were dropped; the target leaves them out.")
+        share = len(scored) / (len(scored) + scored.dropped)
+        notes.append(
+            f"{scored.dropped} completions without a usable reward were dropped: all this is about the sampler conditioned on having "
+            f"one, which {share:.0%} of its draws had."
+        )
     return notes

@@ -28,6 +28,8 @@ MARGIN = 4.0
 SHARE = 0.9
 """... for at least this share of the prompts."""
 GRID = 32
+MOST = math.log(250_000)
+"""Nobody draws more than a million samples a prompt; a larger need is as good as none."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,9 @@ def _warnings(scored: Scored, sample: PriorSample) -> list[str]:
             f"max_new_tokens if your reward judges whole texts."
         )
     if all(float(r.std()) == 0 for r in sample.rewards):
-        notes.append("Every completion of a prompt got the same reward: there is nothing to learn at any beta.")
+        notes.append(
+            f"Every completion of a prompt got the same reward in {sample.n} draws: there is nothing to learn from these, at any beta."
+        )
     texts = {}
     for prompt, text in zip(draws.prompt_index.tolist(), draws.texts, strict=True):
         texts.setdefault(prompt, set()).add(text)
@@ -314,9 +318,7 @@ def _limits(sample: PriorSample, frontier: Sequence[FrontierPoint], chosen: Fron
             f"{min(beyond.beta, chosen.beta if chosen else math.inf):.2g} draw ~{wanted}."
         )
     if chosen is not None and not chosen.reliable:
-        notes.append(
-            f"The chosen beta = {chosen.beta:.3g} is below that: its prediction is a guess. Draw ~{chosen.needed} samples."
-        )
+        notes.append(f"The chosen beta = {chosen.beta:.3g} is below that: its prediction is a guess.")
     return notes
 
 
@@ -326,7 +328,7 @@ def _extrapolated_need(sample: PriorSample, trusted: float, wanted: float) -> in
     kl = sample.tilts(at).kl.quantile(SHARE, 0)
     slope = float(kl[0] - kl[1]) / (1 / trusted**2 - 1 / (1.05 * trusted) ** 2)
     grown = float(kl[0]) + slope * (1 / wanted**2 - 1 / trusted**2)
-    return _round_up(MARGIN * math.exp(min(grown, 30.0)))
+    return _round_up(MARGIN * math.exp(min(grown, MOST)))
 
 
 def _round_up(number: float) -> int:

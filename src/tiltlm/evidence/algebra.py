@@ -50,6 +50,11 @@ class Scaled(Algebra):
         inner = self.inner.log_likelihood(draws)
         return Likelihood(self.factor * inner.log, inner.rewards, inner.kept)
 
+    @property
+    def identity(self) -> str:
+        """Tells this evidence from another."""
+        return f"{self.factor} * ({self.inner.identity})"
+
     def at(self, beta: float) -> Scaled:
         return Scaled(self.factor, self.inner.at(beta))
 
@@ -97,6 +102,11 @@ class Sum(Algebra):
                     unique += "'"
                 rewards[unique] = value
         return Likelihood(log / self._divisor, rewards, kept)
+
+    @property
+    def identity(self) -> str:
+        """Tells this evidence from another."""
+        return " + ".join(f"({term.identity} / {term.beta})" for term in self.terms)
 
     def at(self, beta: float) -> Sum:
         """The same rewards at another temperature: of every term where they share one, else of the sum."""

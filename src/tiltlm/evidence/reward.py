@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,16 @@ class Reward(Algebra):
     @property
     def label(self) -> str:
         return self.name or getattr(self.fn, "__name__", type(self.fn).__name__)
+
+    @property
+    def identity(self) -> str:
+        """Tells this evidence from another: name, bounds, policy on errors, and the function's own code."""
+        code = getattr(inspect.unwrap(self.fn), "__code__", None)
+        digest = ""
+        if code is not None:
+            constants = [c for c in code.co_consts if isinstance(c, str | int | float | bytes | None)]
+            digest = hashlib.sha256(repr((code.co_code, constants, code.co_names)).encode()).hexdigest()[:12]
+        return f"{self.label} {self.bounds} {self.on_error} {digest}".rstrip()
 
     def at(self, beta: float) -> Reward:
         """The same reward at another temperature."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from tiltlm.diagnostics.certificate import Certificate, certify
 from tiltlm.errors import InputError
@@ -28,6 +28,7 @@ from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.score import batches
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import Forward, Info, Prompts, Scored
+from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "schedule", "warmup", "clip", "weight_decay")
@@ -247,6 +248,7 @@ class _Loop:
             "prompts": digest.hexdigest()[:16],
             "law": str(self.policy.law),
             "beta": self.target.beta,
+            "evidence": getattr(self.target.evidence, "identity", ""),
             "engine": re.sub(r" at 0x[0-9a-f]+", "", repr(self.engine)),
             "policy": self.made_of,
             "weights": f"{sum(v.numel() for v in weights.values())} numbers in {len(weights)} tensors",
@@ -372,12 +374,6 @@ def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
         chosen += taken
         position += len(taken)
     return chosen
-
-
-def generator(seed: int, purpose: str, number: int) -> Generator:
-    """A random generator of its own for every purpose and step."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 __all__ = ["Training", "accumulate", "fit", "refuse_earlier"]

@@ -34,8 +34,8 @@ class LoRA:
     alpha: float | None = None
     targets: str | tuple[str, ...] = "all-linear"
 
-    def config(self, model: PreTrainedModel) -> LoraConfig:
-        """PEFT's configuration for a model."""
+    def config(self, model: PreTrainedModel, base: str) -> LoraConfig:
+        """PEFT's configuration for a model that is called `base`."""
         return LoraConfig(
             r=self.r,
             lora_alpha=2 * self.r if self.alpha is None else self.alpha,  # pyright: ignore[reportArgumentType]
@@ -43,7 +43,7 @@ class LoRA:
             lora_dropout=0.0,  # the policy that is scored must be the policy that drew
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
             task_type="CAUSAL_LM",
-            base_model_name_or_path=model.config._name_or_path,
+            base_model_name_or_path=base,
         )
 
 
@@ -54,6 +54,7 @@ class AdapterSwitch:
         self.model = model
         self.peft: PeftModel | None = None
         self._active: str | None = None
+        self._trained: dict[str, list[nn.Parameter]] = {}
 
     @classmethod
     def adopt(cls, peft: PeftModel) -> AdapterSwitch:
@@ -67,12 +68,12 @@ class AdapterSwitch:
     def names(self) -> tuple[str, ...]:
         return () if self.peft is None else tuple(self.peft.peft_config)
 
-    def new(self, lora: LoRA, seed: int) -> str:
+    def new(self, lora: LoRA, base: str, seed: int) -> str:
         """Add a fresh adapter, which leaves the model as it is until it is trained."""
         name = self._free_name()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._add(name, lora.config(self.model))
+            self._add(name, lora.config(self.model, base))
         return name
 
     def load(self, folder: str | Path) -> str:
@@ -81,6 +82,12 @@ class AdapterSwitch:
         if not (path / "adapter_config.json").is_file():
             raise InputError(f"{folder} holds no PEFT adapter (no adapter_config.json); give a folder that does")
         name = self._free_name()
+        config = PeftConfig.from_pretrained(str(path))
+        if getattr(config, "modules_to_save", None) or config.is_prompt_learning:
+            raise InputError(
+                f"the adapter in {folder} is more than low-rank updates (modules_to_save, or a learned prompt); merge it into its "
+                f"base with peft's merge_and_unload and load the result"
+            )
         try:
             if self.peft is None:
                 self.peft = PeftModel.from_pretrained(self.model, path, adapter_name=name, autocast_adapter_dtype=False)
@@ -116,6 +123,15 @@ class AdapterSwitch:
             tuner.enable_adapter_layers()
             self.peft.set_adapter(name)
         self._active = name
+        for weights in self._trained.values():  # peft freezes what it switches off, also between forward and backward
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    def train(self, name: str) -> None:
+        """Let this adapter receive gradients from now on, whichever one is active."""
+        self._trained[name] = list(self.parameters(name).values())
+        for weight in self._trained[name]:
+            weight.requires_grad_(True)
 
     def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
         """The adapter's weights, named without the adapter's own name."""

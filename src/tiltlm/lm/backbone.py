@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tiltlm.errors import InputError
 from tiltlm.lm.head import Head
 
 
@@ -40,6 +41,11 @@ def select_cache(cache: DynamicCache, index: Int[Tensor, " B"]) -> DynamicCache:
     chosen.layers = []
     for layer in cache.layers:
         other: Any = copy.copy(layer)
+        if not hasattr(other, "batch_select_indices"):
+            raise InputError(
+                f"this model keeps a {type(layer).__name__} in its cache, whose rows cannot be selected; use a model with "
+                f"ordinary attention caches"
+            )
         other.batch_select_indices(index)  # assigns new tensors, so `layer` keeps its own
         chosen.layers.append(other)
     return chosen
@@ -65,7 +71,7 @@ class Backbone:
         if type(output) is not nn.Linear or not isinstance(body, nn.Module):
             return
         self._body = body
-        ids = torch.arange(1, 4)[None] % self.model.config.vocab_size
+        ids = torch.arange(1, 4, device=self.device)[None] % self.model.config.vocab_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         with torch.no_grad():
             expected = self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
@@ -79,8 +85,14 @@ class Backbone:
         return self.model.device
 
     @property
+    def _split(self) -> nn.Module | None:
+        """The body, as long as the output layer is a plain one: an adapter on it has to be run whole."""
+        return self._body if type(self.model.get_output_embeddings()) is nn.Linear else None
+
+    @property
     def head(self) -> Head:
-        if self._body is None:
+        """The map from `features` to logits."""
+        if self._split is None:
             return Head()
         output: Any = self.model.get_output_embeddings()
         config = self.model.config
@@ -101,7 +113,8 @@ class Backbone:
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
         extra = {"position_ids": positions} if self._accepts_positions else {}
-        run = self._body if self._body is not None else self.model
+        split = self._split
+        run = split if split is not None else self.model
         out = run(
             input_ids=ids,
             attention_mask=mask.long(),
@@ -109,7 +122,7 @@ class Backbone:
             use_cache=cache is not None,
             **extra,
         )
-        return out.last_hidden_state if self._body is not None else out.logits
+        return out.last_hidden_state if split is not None else out.logits
 
     def prefill(self, tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> Prefix:
         """Run the prompts once. They may be padded on either side; inside they are padded on the left."""

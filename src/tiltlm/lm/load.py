@@ -89,7 +89,8 @@ def load(
 
     Args:
         model: a hub id, a folder (of a model, or of a PEFT adapter: then its base with the adapter on is the
-            model), a GGUF file, the name of an embedded model ("smollm2-135m-instruct"), or a model in memory.
+            model), a GGUF file, the name of an embedded model ("smollm2-135m-instruct"), or a model in memory
+            (which is taken over: frozen, put into evaluation mode, and given adapters).
         tokenizer: needed with a model in memory.
         dtype: "auto" keeps the stored precision, but takes float32 on a CPU without bfloat16 instructions.
         device: "auto" takes the first accelerator there is.
@@ -99,6 +100,10 @@ def load(
     """
     where = _device(device)
     if isinstance(model, (PreTrainedModel, PeftModel)):
+        if (dtype, device) != ("auto", "auto"):
+            raise InputError(
+                f"dtype {dtype!r} and device {device!r} are for models that are loaded here; move a model in memory with its own .to()"
+            )
         if tokenizer is None:
             raise InputError("tokenizer is missing: a model in memory comes with its tokenizer, load(model, tokenizer)")
         return _assemble(model, tokenizer, _name_of(model))
@@ -162,7 +167,9 @@ def _device(name: str) -> torch.device:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"device is {name!r} and cannot be used ({reason[:160]}); use auto or cpu") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    if accelerator is None or accelerator.type == "mps":  # Apple's has no double precision, which the sampler needs
+        return torch.device("cpu")
+    return accelerator
 
 
 def _dtype(name: str, device: torch.device) -> str | torch.dtype:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Body:
     Attributes:
         eos: ids that end a completion.
         context: most tokens of prompt and completion together, None where the model sets no limit.
+        key: tells this body from any other of the process.
     """
 
     model: PreTrainedModel
@@ -48,6 +50,7 @@ class Body:
     eos: tuple[int, ...]
     context: int | None
     name: str
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +139,7 @@ class View:
     @property
     def identity(self) -> str:
         """Names this law while it does not change; a policy in training has none."""
-        return f"{id(self.body.model)}/{self.adapter}/{self.law}"
+        return f"{self.body.key}/{self.adapter}/{self.law}"
 
     def _activate(self) -> None:
         self.body.adapters.activate(self.adapter)
@@ -190,8 +193,22 @@ class ModelPrior(View):
         elif self.adapter is not None:
             adapter = switch.copy(self.adapter)
         else:
-            adapter = switch.new(lora, seed)
+            adapter = switch.new(lora, self.body.name, seed)
+        switch.train(adapter)
         return ModelPolicy(**self._parts(self.body, adapter), prior=self)
+
+    def fingerprint(self) -> str:
+        """A hash of architecture, precision and a sample of the weights, the prior's adapter included."""
+        digest = hashlib.sha256(f"{type(self.body.model).__name__}{self.body.model.dtype}".encode())
+        base = self.body.model.named_parameters()
+        weights = {name.replace("base_layer.", ""): value for name, value in base if "lora_" not in name}
+        if self.adapter is not None:
+            weights |= self.body.adapters.parameters(self.adapter)
+        for name, value in weights.items():
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
+            digest.update(sample.double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def policy_of(self, body: Body) -> ModelPolicy:
         """Another model with the same vocabulary as a policy with this prior as its reference."""
@@ -218,7 +235,8 @@ class ModelPrior(View):
             else:
                 model = whole.merge_and_unload(adapter_names=[self.adapter])
         model.requires_grad_(True).eval()
-        return replace(self.body, model=model, backbone=Backbone(model), adapters=AdapterSwitch(model))
+        fresh = {"backbone": Backbone(model), "adapters": AdapterSwitch(model), "key": uuid.uuid4().hex}
+        return replace(self.body, model=model, **fresh)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -269,17 +287,8 @@ class ModelPolicy(View):
         return dict(self.body.model.named_parameters())
 
     def fingerprint(self) -> str:
-        """A hash of the architecture and of a sample of the reference's weights, its adapter included."""
-        digest = hashlib.sha256(type(self.body.model).__name__.encode())
-        base = self.prior.body.model.named_parameters()
-        weights = {name.replace("base_layer.", ""): value for name, value in base if "lora_" not in name}
-        if self.prior.adapter is not None:
-            weights |= self.prior.body.adapters.parameters(self.prior.adapter)
-        for name, value in weights.items():
-            digest.update(f"{name}{tuple(value.shape)}".encode())
-            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
-            digest.update(sample.double().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Identifies the reference, so that weights are not loaded onto another one."""
+        return self.prior.fingerprint()
 
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT's format) or the whole model (transformers'), with the tokenizer."""

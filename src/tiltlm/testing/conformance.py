@@ -16,6 +16,7 @@ import torch
 from scipy.stats import chi2 as chi_squared
 from torch import Generator, Tensor
 
+from tiltlm.errors import InputError
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Draws, Forward, Scored
@@ -104,10 +105,23 @@ def _training_checks(engine: Any) -> Iterator[Check]:
             yield Check(f"p* is not stationary, group {group}", TOLERANCE / max(stationary, 1e-300), 1e-3)
             continue
         yield Check(f"expected gradient vanishes at p*, group {group}", stationary, TOLERANCE)
+        yield _attraction_check(sized, world, exact)
         if claim.bias == "none":
             yield Check(f"every draw's signal vanishes at p*, group {group}", at_optimum.largest_signal, TOLERANCE)
         if claim.bias == "none" and claim.objective in OBJECTIVES:
             yield from _gradient_checks(sized, world, exact, claim)
+
+
+def _attraction_check(engine: Any, world: Language, exact: ex.Exact) -> Check:
+    """A step from the prior along the expected gradient goes towards p*: p* attracts, it does not only stand still."""
+    policy = world.prior.policy(lora=None)
+    got = ex.expected_gradient(policy, exact, _Enumeration(engine, world, policy, exact).expected)
+    truth = ex.reverse_kl_gradient(policy, exact)
+    a, b = (torch.cat([gradient[name].flatten() for name in truth]) for gradient in (got, truth))
+    cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+    return Check(
+        f"goes towards p* (minus the cosine with the gradient of KL(q||p*)), group {engine.group}", -cosine, -0.05
+    )
 
 
 def _gradient_checks(engine: Any, world: Language, exact: ex.Exact, claim: Claim) -> Iterator[Check]:
@@ -169,6 +183,27 @@ def _decoding_checks(engine: Any) -> Iterator[Check]:
         if hasattr(engine, "selection"):
             yield from _law_checks(engine, world, exact, claim)
         yield _sampling_check(engine, world, exact)
+    yield from _proposal_checks(engine, small_language(), claim)
+
+
+def _proposal_checks(engine: Any, world: Language, claim: Claim) -> Iterator[Check]:
+    """With another proposal than the prior: an engine that claims p* corrects for it, or refuses it."""
+    if claim.fixed_point != "p*":
+        return
+    proposal = world.prior.policy(lora=None)
+    with torch.no_grad():
+        for weight in proposal.named_parameters().values():
+            weight.add_(2 * torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight).sin())
+    exact = ex.posterior(world.target, world.prompts)
+    try:
+        many = replace(engine, n=4000) if hasattr(engine, "n") else engine
+        weighted = many.sample(world.target, world.prompts, proposal=proposal, rng=Generator().manual_seed(2))
+    except InputError:
+        return
+    law = torch.zeros(len(exact.completions), dtype=torch.float64)
+    law.index_add_(0, _which(weighted.scored.draws, exact), torch.softmax(weighted.log_w.double(), 0))
+    distance = float((law - exact.log_posterior.exp()).abs().sum() / 2)
+    yield Check("with another proposal: total variation of the weighted draws from p*", distance, 0.06)
 
 
 def _with_ties() -> Language:
@@ -235,14 +270,18 @@ def _sampling_check(engine: Any, world: Language, exact: ex.Exact) -> Check:
     weighted = sized.sample(world.target, prompts, rng=Generator().manual_seed(0))
     index = weighted.scored.draws.prompt_index
     chosen = resample(weighted.log_w, index, REPETITIONS, 1, Generator().manual_seed(1))[:, 0]
-    rows = {completion: k for k, completion in enumerate(exact.completions)}
-    draws = weighted.scored.draws.select(chosen[chosen >= 0])
-    found = torch.tensor([rows[tuple(t[m].tolist())] for t, m in zip(draws.tokens, draws.mask, strict=True)])
+    found = _which(weighted.scored.draws.select(chosen[chosen >= 0]), exact)
     observed = group_count(found, len(law)).double()
     expected = law * observed.sum()
     statistic = float(((observed - expected).square() / expected.clamp(min=1e-12)).sum())
     quantile = float(chi_squared.isf(SIGNIFICANCE, len(law) - 1))
     return Check(f"sample() follows the law (chi-squared over {int(observed.sum())} outputs)", statistic, quantile)
+
+
+def _which(draws: Draws, exact: ex.Exact) -> Tensor:
+    """The number of each draw in the list of all completions."""
+    rows = {completion: k for k, completion in enumerate(exact.completions)}
+    return torch.tensor([rows[tuple(t[m].tolist())] for t, m in zip(draws.tokens, draws.mask, strict=True)])
 
 
 def _claimed_law(engine: Any, world: Language, exact: ex.Exact) -> Tensor:

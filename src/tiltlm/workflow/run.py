@@ -145,12 +145,12 @@ class Run:
             prior = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
             scored = self.target(1.0).score(prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed)))
             save_scored(scored, r.folder / "prior", key)
-        return replace(scored, log_evidence=scored.log_evidence / beta)
+        return scored.at(beta)
 
     def _draws_key(self) -> str:
         r = self.recipe
-        parts = [r.model, r.prior_adapter, r.dtype, repr(self.prior.law), r.chat, r.samples, r.seed, r.on_error]
-        parts += [r.reward, self._reward[1], list(self.prompts.texts), self.prompts.tokens.tolist()]
+        parts = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.samples, r.seed, r.on_error, r.bounds]
+        parts += [r.reward, self._reward[1], self.prompts.texts, self.prompts.tokens.tolist(), self.prompts.columns]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     # --- train ---
