@@ -35,6 +35,10 @@ SAME_RUN = ("seed", "steps", "batch", "lr", "schedule", "warmup", "clip", "weigh
 """Settings that a resumed run must share with the one it goes on from."""
 
 
+MEANINGFUL = 1e-3
+"""Nats of ELBO that count as progress; certificates share their random numbers, so that smaller gains are rounding."""
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of the loop; what belongs to a method is on its engine.
@@ -232,7 +236,7 @@ class _Loop:
         )
 
     def _judge(self, certificate: Certificate) -> None:
-        better = certificate.elbo.value > self.best_elbo
+        better = certificate.elbo.value > self.best_elbo + MEANINGFUL
         self.stale = 0 if better else self.stale + 1
         self.best_elbo = max(self.best_elbo, certificate.elbo.value)
 
