@@ -302,12 +302,17 @@ def test_ctrl_c_exits_with_130_and_a_run_that_can_go_on(tmp_path, monkeypatch):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a shell starts background jobs with SIGINT ignored, and children inherit that; the user at a terminal has it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line == "three steps\n", process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line == "three steps\n", process.stderr.read()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # a failure must not leave the test waiting for it
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1] == "interrupted; what the last checkpoint holds is safe: go on with --resume"
