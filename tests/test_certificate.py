@@ -135,9 +135,10 @@ def test_a_single_exact_sample_is_enough_for_an_upper_bound():
 
 def test_prior_draws_of_another_temperature_are_taken_at_the_targets(world, rng):
     """The plan's draws are scored at the plan's beta; the certificate wants them at its own."""
-    hot = world.target.at(5.0).score(world.prior.draw(world.prompts, 400, rng))
+    draws = world.prior.draw(world.prompts, 400, rng)
+    hot, right = world.target.at(5.0).score(draws), world.target.score(draws)
     found = tl.certify(world.prior, world.target, world.prompts, samples=64, prior_draws=hot)
-    again = tl.certify(world.prior, world.target, world.prompts, samples=64, prior_draws=hot.at(0.5))
+    again = tl.certify(world.prior, world.target, world.prompts, samples=64, prior_draws=right)
     assert found.exact_samples == again.exact_samples
     assert found.kl_posterior == again.kl_posterior
     with pytest.raises(tl.InputError, match="other prompts"):
