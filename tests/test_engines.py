@@ -1,7 +1,6 @@
 """Every engine's claim, proved by enumeration; and false claims, refuted."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ class Planted:
     """An engine with a claim that is not true; subclasses say what they really do."""
 
     group: int = 4
-    updates: ClassVar[int] = 1
-    claim: ClassVar[Claim] = P_STAR
+    updates = 1
+    claim = P_STAR
 
     def init(self, prompts):
         return None
@@ -118,7 +117,7 @@ class Repelled(tl.RLOO):
         loss, info = super().loss(forward, scored, state)
         return -loss, info
 
-    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="of its own", bias="none")
+    claim = Claim(fixed_point="p*", objective="of its own", bias="none")
 
 
 class Nothing(Repelled):
@@ -131,7 +130,7 @@ class Nothing(Repelled):
 class ModestRLOO(tl.RLOO):
     """Says that it does not reach p*, although it does."""
 
-    claim: ClassVar[Claim] = Claim(fixed_point="none", objective="?")
+    claim = Claim(fixed_point="none", objective="?")
 
 
 @pytest.mark.parametrize(
@@ -163,17 +162,17 @@ def test_a_too_modest_claim_is_refuted():
 def test_an_honest_negative_claim_passes():
     @dataclass(frozen=True)
     class Honest(NoKL):
-        claim: ClassVar[Claim] = Claim(fixed_point="none", objective="E r")
+        claim = Claim(fixed_point="none", objective="E r")
 
     check_engine(Honest())
 
 
 class ExactBestOfN(tl.BestOfN):
-    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="none")
+    claim = Claim(fixed_point="p*", objective="law", bias="none")
 
 
 class ExactImportance(tl.Importance):
-    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="none")
+    claim = Claim(fixed_point="p*", objective="law", bias="none")
 
 
 class LooseRejection(tl.Rejection):

@@ -4,7 +4,6 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ class WithKL:
 
     group: int = 4
     updates: int = 1
-    claim: ClassVar[Claim] = Claim("none", "none", needs=frozenset({"log_q", "kl"}))
+    claim = Claim("none", "none", needs=frozenset({"log_q", "kl"}))
 
     def init(self, prompts):
         return None
@@ -92,7 +91,7 @@ class LogZ(nn.Module):
 class TrajectoryBalance:
     """(log Z + log q - log pi0 - r / beta)^2 with a learned log Z; not a dataclass, because nothing asks for one."""
 
-    claim: ClassVar[Claim] = Claim("p*", "TB")
+    claim = Claim("p*", "TB")
 
     def __init__(self, group=4, updates=1):
         self.group, self.updates = group, updates
@@ -326,7 +325,9 @@ def test_rloo_comes_to_the_posterior():
 def test_an_engines_own_weights_are_trained():
     world = fixture_a()
     engine = TrajectoryBalance(group=32)
-    policy = tl.fit(world.target, world.prompts, engine, lora=None, steps=250, batch=1, lr=0.05, schedule="cosine")
+    policy = tl.fit(
+        world.target, world.prompts, engine, lora=None, steps=250, batch=1, lr=0.05, engine_lr=0.05, schedule="cosine"
+    )
     exact = ex.posterior(world.target, world.prompts)
     assert float(engine.states[0].log_z.detach()) == pytest.approx(exact.log_z, abs=0.05)
     assert ex.kl(exact.log_prob(policy), exact.log_posterior) < 0.05

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from tiltlm.records import Draws, Forward, Info, Likelihood, Prompts, Scored, Weighted
@@ -52,10 +52,13 @@ class Claim:
     """What an engine says of itself; `tiltlm.testing.check_engine` proves or refutes it by enumeration.
 
     Attributes:
-        fixed_point: the law that the engine settles at or returns: "p*", another law's name, or "none".
+        fixed_point: the law that the engine settles at or returns: "p*", another law's name, or "none". An engine with
+            another law may have `settles_at(exact) -> log-law`, which the suite then proves to be its fixed point.
         objective: what a training engine minimises, e.g. "KL(q||p*)"; for decoding engines "law".
         bias: distance between the expected gradient (or the returned law) and what is claimed.
-        data: whose draws the loss may see.
+        data: whose completions the loss may see: fresh ones of the policy ("on-policy"); the prior's ("prior"); those of any
+            law whose log-probabilities are on the draws ("weighted"); any whatsoever ("any"); or any, but they have to be
+            given, because they are what is learned ("given").
         needs: fields of `Forward` that the loss reads.
         source: paper and equation.
     """
@@ -63,7 +66,7 @@ class Claim:
     fixed_point: str
     objective: str
     bias: Literal["none", "1/n", "unknown"] = "unknown"
-    data: Literal["on-policy", "any"] = "on-policy"
+    data: Literal["on-policy", "prior", "weighted", "any", "given"] = "on-policy"
     needs: frozenset[str] = frozenset({"log_q"})
     source: str = ""
 
@@ -85,6 +88,18 @@ class Sampler(Protocol):
 
     def log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
         """Log-probability of each token of `draws` under this law, without gradient."""
+        ...
+
+
+class PrefixSampler(Sampler, Protocol):
+    """A sampler that can be stopped at any token; `tiltlm.lm`'s all can."""
+
+    def walk(self, prompts: Prompts, n: int) -> Walk:
+        """`n` empty rows of every prompt, to be extended token by token."""
+        ...
+
+    def redraw(self, draws: Draws, keep: Int[Tensor, " B"], rng: Generator) -> Draws:
+        """Draw each completion anew from its token `keep` on; what is before stays."""
         ...
 
 
@@ -115,8 +130,14 @@ class Policy(Sampler, Protocol):
 class Prior(Sampler, Protocol):
     """The base model: the reference of the KL and the start of every policy."""
 
-    def policy(self, *, lora: Any = ..., start: str | Path | None = None, seed: int = 0) -> Policy:
-        """A trainable policy that starts at this prior, or at the adapter in `start`."""
+    def policy(
+        self, *, lora: Any = ..., start: str | Path | None = None, seed: int = 0, values: bool = False
+    ) -> Policy:
+        """A trainable policy that starts at this prior, or at the adapter in `start`; with a value head if asked for."""
+        ...
+
+    def critic(self, *, lora: Any = ..., seed: int = 0) -> Policy:
+        """A trainable Q-function; as a sampler it is the prior tilted by it, pi0(a|s) exp Q(s, a) normalised."""
         ...
 
 
@@ -141,17 +162,61 @@ class Evidence(Protocol):
         ...
 
 
+class Walk(Protocol):
+    """Rows of a sampler that are extended token by token, for engines that look at prefixes.
+
+    Rows of one prompt are neighbours, as in `draw`. All of them start empty.
+    """
+
+    def log_probs(self) -> Float[Tensor, "B V"]:
+        """Normalised log-probabilities of every row's next token."""
+        ...
+
+    def extend(self, tokens: Int[Tensor, " B"], live: Bool[Tensor, " B"]) -> None:
+        """Append a token to the rows that are `live`; the others have ended and stay as they are."""
+        ...
+
+    def select(self, rows: Int[Tensor, " B"]) -> None:
+        """Replace the rows by copies of those at `rows`."""
+        ...
+
+
+class TwistWalk(Protocol):
+    """A twist along the rows of a `Walk`."""
+
+    def log_twist(self) -> Float[Tensor, " B"]:
+        """log psi of every row so far, in nats; at an ended row it is not asked for."""
+        ...
+
+    def extend(self, tokens: Int[Tensor, " B"], live: Bool[Tensor, " B"]) -> None: ...
+
+    def select(self, rows: Int[Tensor, " B"]) -> None: ...
+
+
+class Twist(Protocol):
+    """A guess at what the rest of a completion is worth; the best is log psi(s) = log E_pi0[exp(r / beta) | s]."""
+
+    def twist_walk(self, prompts: Prompts, n: int) -> TwistWalk:
+        """`n` empty rows of every prompt."""
+        ...
+
+
 class TrainingEngine(Protocol[State]):
-    """A loss whose minimum is the claim's fixed point. A pure function of log-probabilities.
+    """A loss whose minimum is the claim's fixed point. A function of log-probabilities, never of a model.
+
+    An engine may also have `observe(scored, state) -> None`, which `fit` calls once for every new batch before its loss: there
+    it learns what needs no gradient, such as a running log Z or an adaptive beta, into buffers of its state.
 
     Attributes:
         group: completions of each prompt in a step.
         updates: steps of the optimiser on each batch of draws.
     """
 
-    claim: ClassVar[Claim]
+    @property
+    def claim(self) -> Claim: ...
 
-    updates: ClassVar[int]
+    @property
+    def updates(self) -> int: ...
 
     @property
     def group(self) -> int: ...
@@ -173,7 +238,8 @@ class DecodingEngine(Protocol):
     the conformance suite proves its law by enumeration with it.
     """
 
-    claim: ClassVar[Claim]
+    @property
+    def claim(self) -> Claim: ...
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Weighted draws of every prompt."""

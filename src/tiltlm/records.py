@@ -7,6 +7,7 @@ prompt a row belongs to.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,12 +31,19 @@ class Prompts:
         mask: True where `tokens` holds a real token.
         texts: each prompt as the user wrote it, a string or messages.
         columns: further columns by name, one value a prompt.
+        rows: the place of each prompt in the data set that it was selected from; 0, 1, … for a whole data set. It is how
+            an engine finds what it keeps for a prompt, such as its log Z.
     """
 
     tokens: Int[Tensor, "P L"]
     mask: Bool[Tensor, "P L"]
     texts: tuple[Text, ...]
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rows: Int[Tensor, " P"] = field(default=None)  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            object.__setattr__(self, "rows", torch.arange(len(self.texts)))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -48,6 +56,7 @@ class Prompts:
             mask=self.mask[rows],
             texts=tuple(self.texts[i] for i in index),
             columns={name: tuple(values[i] for i in index) for name, values in self.columns.items()},
+            rows=self.rows[rows],
         )
 
 
@@ -105,6 +114,13 @@ class Draws:
         """The same draws as draws for `prompts`, of which this record's prompts are the ones at `index`."""
         return replace(self, prompts=prompts, prompt_index=torch.as_tensor(index)[self.prompt_index])
 
+    def of(self, index: Sequence[int]) -> Draws:
+        """The draws of the prompts at `index`, as draws for those prompts alone; the inverse of `among`."""
+        place = torch.full((len(self.prompts),), -1)
+        place[torch.as_tensor(index)] = torch.arange(len(index))
+        some = self.select(place[self.prompt_index] >= 0)
+        return replace(some, prompts=self.prompts.select(index), prompt_index=place[some.prompt_index])
+
     @staticmethod
     def concatenate(parts: Sequence[Draws]) -> Draws:
         """Draws for the same prompts, one after the other; padded to the longest."""
@@ -150,6 +166,7 @@ class Scored:
         rewards: the value of every part of the evidence by name.
         beta: the temperature at which the evidence was taken.
         dropped: completions that were drawn but left out because the evidence could not judge them.
+        pairs: rows (preferred, other) of completions that somebody compared; None where nobody did.
     """
 
     draws: Draws
@@ -158,6 +175,7 @@ class Scored:
     rewards: Mapping[str, Float[Tensor, " B"]] = field(default_factory=dict)
     beta: float = 1.0
     dropped: int = 0
+    pairs: Int[Tensor, "M 2"] | None = None
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -177,7 +195,7 @@ class Scored:
         return self.log_target - self.draws.log_prob
 
     def select(self, rows: Tensor) -> Scored:
-        """The scored completions at `rows` (indices or a boolean mask)."""
+        """The scored completions at `rows` (indices or a boolean mask); of the pairs, those that are still whole."""
         index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         return replace(
             self,
@@ -185,7 +203,18 @@ class Scored:
             log_prior=self.log_prior[index],
             log_evidence=self.log_evidence[index],
             rewards={name: values[index] for name, values in self.rewards.items()},
+            pairs=None if self.pairs is None else _pairs_among(self.pairs, index, len(self)),
         )
+
+    def among(self, prompts: Prompts, index: Sequence[int]) -> Scored:
+        """The same draws as draws for `prompts`, of which this record's prompts are the ones at `index`."""
+        return replace(self, draws=self.draws.among(prompts, index))
+
+    def of(self, index: Sequence[int]) -> Scored:
+        """The draws of the prompts at `index`, as draws for those prompts alone; the inverse of `among`."""
+        chosen = torch.isin(self.draws.prompt_index, torch.as_tensor(index))
+        some = self.select(chosen)
+        return replace(some, draws=some.draws.of(index))
 
     @staticmethod
     def concatenate(parts: Sequence[Scored]) -> Scored:
@@ -201,7 +230,25 @@ class Scored:
             rewards={name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
             beta=parts[0].beta,
             dropped=sum(p.dropped for p in parts),
+            pairs=_joined_pairs(parts),
         )
+
+
+def _pairs_among(pairs: Int[Tensor, "M 2"], index: Int[Tensor, " B"], rows: int) -> Int[Tensor, "K 2"]:
+    """The pairs both of whose rows are in `index`, by their new places."""
+    place = torch.full((rows,), -1)
+    place[index] = torch.arange(len(index))
+    moved = place[pairs]
+    return moved[(moved >= 0).all(-1)]
+
+
+def _joined_pairs(parts: Sequence[Scored]) -> Int[Tensor, "M 2"] | None:
+    if all(part.pairs is None for part in parts):
+        return None
+    offsets = itertools.accumulate((len(part) for part in parts), initial=0)
+    return torch.cat(
+        [part.pairs + offset for part, offset in zip(parts, offsets, strict=False) if part.pairs is not None]
+    )
 
 
 @dataclass(frozen=True)
@@ -228,18 +275,37 @@ class Weighted:
 class Forward:
     """One pass of the policy over a batch of draws: only what the engine's claim lists under `needs`.
 
+    Column t belongs to the state s_t, the prompt and the t tokens before, and to the token a_t that follows it. Values are in
+    nats: the value of a whole completion is its log-evidence r / beta. What is marked "no gradient" comes from the target
+    network, a copy of the critic that is refreshed now and then.
+
     Attributes:
         log_q: log-probability of each token under the current policy, 0 on padding; carries gradient.
         kl: exact per-token KL(pi(.|s_t) || pi0(.|s_t)) over the vocabulary, 0 on padding.
+        values: V(s_t); at the optimum V* = log E_pi0[exp(r / beta) | s_t].
+        q: Q(s_t, a_t).
+        q_target: Q(s_t, a_t), no gradient.
+        soft_target: log sum_a pi0(a|s_t) exp Q(s_t, a), no gradient.
+        max_target: max_a Q(s_t, a), no gradient.
+        double_target: Q of the target network at the critic's own argmax_a Q(s_t, a), no gradient.
     """
 
     log_q: Float[Tensor, "B T"]
     kl: Float[Tensor, "B T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    q: Float[Tensor, "B T"] | None = None
+    q_target: Float[Tensor, "B T"] | None = None
+    soft_target: Float[Tensor, "B T"] | None = None
+    max_target: Float[Tensor, "B T"] | None = None
+    double_target: Float[Tensor, "B T"] | None = None
 
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors through which a loss depends on the policy's weights."""
         return tuple(value for f in fields(self) if (value := getattr(self, f.name)) is not None)
 
+
+POLICY_FIELDS = frozenset({"log_q", "kl", "values"})
+"""The fields of `Forward` that a policy gives; an engine whose loss reads another trains a critic."""
 
 Info = Mapping[str, Tensor]
 """What an engine reports of a step: named tensors, detached; the loop logs their means."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.records import Draws, Prompts, Scored
 
 
-def save_scored(scored: Scored, folder: Path, key: str) -> None:
-    """Write scored draws; `key` says what they are draws of. A reader never sees half of them."""
-    draws, prompts = scored.draws, scored.draws.prompts
+def tensors_of(scored: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything in scored draws but their prompts: tensors by name, and plain values."""
+    draws = scored.draws
     tensors = {
-        "prompts.tokens": prompts.tokens,
-        "prompts.mask": prompts.mask,
         "tokens": draws.tokens,
         "mask": draws.mask,
         "ended": draws.ended,
@@ -30,19 +30,45 @@ def save_scored(scored: Scored, folder: Path, key: str) -> None:
         "log_evidence": scored.log_evidence,
         **{f"reward.{name}": value for name, value in scored.rewards.items()},
     }
-    values = {
-        "key": key,
-        "texts": draws.texts,
-        "prompts": prompts.texts,
-        "columns": prompts.columns,
-        "beta": scored.beta,
-        "dropped": scored.dropped,
-    }
+    if scored.pairs is not None:
+        tensors["pairs"] = scored.pairs
+    copies = {k: v.contiguous().clone() for k, v in tensors.items()}  # the prior's log_q may be the very log_prior
+    return copies, {"texts": draws.texts, "beta": scored.beta, "dropped": scored.dropped}
+
+
+def scored_of(tensors: Mapping[str, Tensor], values: Mapping[str, Any], prompts: Prompts | None = None) -> Scored:
+    """The inverse of `tensors_of`; without `prompts`, whoever asked puts them in."""
+    empty = Prompts(torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool), ())
+    draws = Draws(
+        prompts if prompts is not None else empty,
+        tensors["tokens"],
+        tensors["mask"].bool(),
+        tensors["ended"].bool(),
+        tensors["prompt_index"],
+        tensors["log_q"],
+        tuple(values["texts"]),
+    )
+    return Scored(
+        draws,
+        tensors["log_prior"],
+        tensors["log_evidence"].to(torch.float64),
+        {name[7:]: value for name, value in tensors.items() if name.startswith("reward.")},
+        beta=values["beta"],
+        dropped=values["dropped"],
+        pairs=tensors.get("pairs"),
+    )
+
+
+def save_scored(scored: Scored, folder: Path, key: str) -> None:
+    """Write scored draws; `key` says what they are draws of. A reader never sees half of them."""
+    prompts = scored.draws.prompts
+    tensors, values = tensors_of(scored)
+    tensors |= {"prompts.tokens": prompts.tokens, "prompts.mask": prompts.mask}
+    values |= {"key": key, "prompts": prompts.texts, "columns": prompts.columns}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "draws.json").unlink(missing_ok=True)
-        copies = {k: v.contiguous().clone() for k, v in tensors.items()}  # the prior's log_q may be the very log_prior
-        save_file(copies, folder / "draws.safetensors")
+        save_file(tensors, folder / "draws.safetensors")
         partial = folder / "draws.json.tmp"
         partial.write_text(json.dumps(values, default=str))
         os.replace(partial, folder / "draws.json")  # last, so that its presence means that all is there
@@ -63,21 +89,4 @@ def load_scored(folder: Path, key: str) -> Scored | None:
     texts = tuple(t if isinstance(t, str) else tuple(t) for t in values["prompts"])
     columns = {name: tuple(column) for name, column in values["columns"].items()}
     prompts = Prompts(tensors["prompts.tokens"], tensors["prompts.mask"].bool(), texts, columns)
-    draws = Draws(
-        prompts,
-        tensors["tokens"],
-        tensors["mask"].bool(),
-        tensors["ended"].bool(),
-        tensors["prompt_index"],
-        tensors["log_q"],
-        tuple(values["texts"]),
-    )
-    rewards = {name[7:]: value for name, value in tensors.items() if name.startswith("reward.")}
-    return Scored(
-        draws,
-        tensors["log_prior"],
-        tensors["log_evidence"].to(torch.float64),
-        rewards,
-        beta=values["beta"],
-        dropped=values["dropped"],
-    )
+    return scored_of(tensors, values, prompts)

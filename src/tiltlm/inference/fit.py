@@ -23,15 +23,17 @@ from tiltlm.errors import InputError
 from tiltlm.inference import checkpoint
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
+from tiltlm.inference.source import Source, default_source, require_sound
 from tiltlm.inference.training.rloo import RLOO
 from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.score import batches
 from tiltlm.protocols import Policy, TrainingEngine
-from tiltlm.records import Forward, Info, Prompts, Scored
+from tiltlm.records import POLICY_FIELDS, Forward, Info, Prompts, Scored
 from tiltlm.seeds import generator
+from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target, require_finite
 
-SAME_RUN = ("seed", "steps", "batch", "lr", "schedule", "warmup", "clip", "weight_decay")
+SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
 """Settings that a resumed run must share with the one it goes on from."""
 
 
@@ -47,6 +49,7 @@ class Training:
         steps: updates of the weights (times the engine's `updates` a batch).
         batch: prompts a step.
         lr: learning rate of AdamW, after a warm-up of `warmup` steps and under `schedule`.
+        engine_lr: the same for what is trained beside the language model: an engine's log Z, value heads.
         clip: largest norm of the gradient.
         micro_tokens: most completion tokens in one pass with gradient; bounds memory, not the result.
         certify_every: certificate every so many steps, 0 for none.
@@ -58,6 +61,7 @@ class Training:
     steps: int = 40
     batch: int = 4
     lr: float = 3e-4
+    engine_lr: float = 1e-2
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: int = 2
@@ -76,8 +80,9 @@ class Training:
         for name in ("warmup", "certify_every", "patience", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 < self.lr < 1:
-            raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-4")
+        for name, example in (("lr", "3e-4"), ("engine_lr", "0.01")):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1, for example {example}")
         if not self.clip > 0:
             raise InputError(f"clip is {self.clip}; it must be positive, for example 1.0")
         if self.schedule not in get_args(Schedule):
@@ -93,6 +98,7 @@ def fit(
     prompts: Prompts | Sequence[Any],
     engine: TrainingEngine[Any] | None = None,
     *,
+    source: Source | None = None,
     policy: Policy | None = None,
     lora: LoRA | None = LoRA(),
     start: str | Path | None = None,
@@ -107,6 +113,8 @@ def fit(
 
     Args:
         engine: how; `RLOO()` by default.
+        source: where the completions come from; by default fresh draws of whatever the engine's claim asks for. `Replay()`
+            reuses earlier draws, `Pool(…)` the plan's, `Decoded(Rejection())` exact samples, `Given(…)` a data set.
         policy: the policy to train, instead of a new one made from the prior with `lora` and `start`.
         lora: the adapter to train; None trains all weights.
         start: folder of an adapter to start from. The KL's reference remains the target's prior.
@@ -120,16 +128,19 @@ def fit(
         The policy, trained.
 
     Raises:
-        InputError: for settings that make no sense, or a checkpoint that is not of this run.
+        InputError: for settings that make no sense, a source that the engine's claim does not cover, or a checkpoint that is
+            not of this run.
     """
     engine = engine or RLOO()
     settings = replace(settings or Training(), **changes)
+    source = source or default_source(engine.claim)
+    require_sound(engine, source)
     encoded = target.prior.encode(prompts)
     made_of = ""
     if policy is None:
-        policy = target.prior.policy(lora=lora, start=start, seed=settings.seed)
+        policy = _new_policy(target, engine, lora, start, settings.seed)
         made_of = f"{lora}" if start is None else f"started from {start}"
-    loop = _Loop(target, encoded, engine, policy, settings, Path(out) if out else None, prior_draws, made_of)
+    loop = _Loop(target, encoded, engine, source, policy, settings, Path(out) if out else None, prior_draws, made_of)
     if loop.out is not None and not resume:
         refuse_earlier(loop.out)
     monitor = monitor or Monitor(out=Path(out) if out else None)
@@ -138,12 +149,27 @@ def fit(
     return policy
 
 
+def _new_policy(
+    target: Target, engine: TrainingEngine[Any], lora: LoRA | None, start: str | Path | None, seed: int
+) -> Policy:
+    """What the engine trains: a policy, with a value head if its loss reads one, or a critic."""
+    needs = engine.claim.needs
+    if not needs <= POLICY_FIELDS:
+        if start is not None:
+            raise InputError(
+                f"start is {start}, but {type(engine).__name__} trains a critic, not a policy; leave start out"
+            )
+        return target.prior.critic(lora=lora, seed=seed)
+    return target.prior.policy(lora=lora, start=start, seed=seed, values="values" in needs)
+
+
 class _Loop:
     def __init__(
         self,
         target: Target,
         prompts: Prompts,
         engine: TrainingEngine[Any],
+        source: Source,
         policy: Policy,
         settings: Training,
         out: Path | None,
@@ -153,11 +179,13 @@ class _Loop:
         self.made_of = made_of
         self.target, self.prompts, self.engine, self.policy = target, prompts, engine, policy
         self.settings, self.out, self.prior_draws = settings, out, prior_draws
+        self.source, self.stream = source, source.open(target, policy, prompts, settings.seed)
         self.state = engine.init(prompts)
         trained = dict(policy.named_parameters())
         if isinstance(self.state, nn.Module):
             trained |= {f"engine:{name}": value for name, value in self.state.named_parameters()}
-        self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay)
+        rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
+        self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
         self.best_elbo, self.stale = -float("inf"), 0
 
     def run(self, monitor: Monitor, resume: bool) -> None:
@@ -181,13 +209,15 @@ class _Loop:
 
     def _step(self, step: int) -> Metrics:
         began = time.perf_counter()
-        prompts = self.prompts.select(batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed))
-        draws = self.policy.draw(prompts, self.engine.group, generator(self.settings.seed, "draw", step))
-        drawn = time.perf_counter()
-        scored = require_finite(self.target.score(draws))
+        index = batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed)
+        batch = self.stream.batch(index, self.engine.group, generator(self.settings.seed, "draw", step))
+        scored, fresh = batch.scored, batch.fresh
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
-        judged = time.perf_counter()
+        require_finite(scored)
+        drawn = time.perf_counter()
+        if hasattr(self.engine, "observe"):
+            self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
             loss, info = accumulate(
@@ -197,29 +227,29 @@ class _Loop:
                 self.state,
                 self.settings.micro_tokens,
                 self.optimiser,
-                fresh=update == 0,
+                fresh=update == 0 and self.source.origin == "policy",
             )
             factor = learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.schedule)
             norm = self.optimiser.step(self.settings.clip, factor)
         ended = time.perf_counter()
-        tokens = int(draws.mask.sum())
-        reward = self.target.beta * scored.log_evidence.double()
-        kl = (scored.draws.log_q.double() - scored.log_prior.double()).sum(-1)
-        parts = {f"reward/{name}": float(value.mean()) for name, value in scored.rewards.items()}
+        tokens = int(fresh.draws.mask.sum())
+        reward = self.target.beta * fresh.log_evidence.double()
+        kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
+        parts = {f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()}
         return {
             "reward": float(reward.mean()),
             "kl_prior": float(kl.mean()),
-            "elbo": float(scored.log_weight.double().mean()),
+            "elbo": float(fresh.log_weight.double().mean()),
             "loss": float(loss),
             "grad_norm": norm,
-            "length": float(scored.draws.lengths.double().mean()),
-            "truncated": float((~scored.draws.ended).double().mean()),
-            "dropped": scored.dropped,
+            "length": float(fresh.draws.lengths.double().mean()),
+            "truncated": float((~fresh.draws.ended).double().mean()),
+            "dropped": fresh.dropped,
+            "drawn": batch.drawn,
             "tokens_per_second": tokens / (ended - began),
             "seconds": ended - began,
             "seconds_draw": drawn - began,
-            "seconds_score": judged - drawn,
-            "seconds_update": ended - judged,
+            "seconds_update": ended - drawn,
             **parts,
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
         }
@@ -253,17 +283,28 @@ class _Loop:
             "law": str(self.policy.law),
             "beta": self.target.beta,
             "evidence": getattr(self.target.evidence, "identity", ""),
-            "engine": re.sub(r" at 0x[0-9a-f]+", "", repr(self.engine)),
+            "engine": _name(self.engine),
+            "source": _name(self.source),
             "policy": self.made_of,
             "weights": f"{sum(v.numel() for v in weights.values())} numbers in {len(weights)} tensors",
             **{name: getattr(self.settings, name) for name in SAME_RUN},
         }
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """What the engine and the critic keep beside what the optimiser trains, such as a running log Z or a target network."""
+        own = dict(self.state.named_buffers()) if isinstance(self.state, nn.Module) else {}
+        others = self.policy.named_buffers() if hasattr(self.policy, "named_buffers") else {}  # pyright: ignore
+        return {f"buffer.{name}": value for name, value in {**own, **others}.items()}
+
     def _save(self, step: int, monitor: Monitor) -> None:
         assert self.out is not None
-        buffers = dict(self.state.named_buffers()) if isinstance(self.state, nn.Module) else {}
-        tensors = self.optimiser.tensors() | {f"buffer.{name}": value for name, value in buffers.items()}
+        memory, replay = self.stream.memory(), {}
+        tensors = self.optimiser.tensors() | self._buffers()
+        if memory is not None:
+            kept, replay = tensors_of(memory)
+            tensors |= {f"replay.{name}": value for name, value in kept.items()}
         values = {
+            "replay": replay,
             "identity": self._identity(),
             "metrics_bytes": monitor.position(),
             "best_elbo": self.best_elbo if self.best_elbo > -float("inf") else None,
@@ -289,14 +330,21 @@ class _Loop:
                     f"the same settings, or choose another out folder"
                 )
         self.optimiser.restore(saved.tensors)
-        if isinstance(self.state, nn.Module):
-            for name, value in self.state.named_buffers():
-                value.copy_(saved.tensors[f"buffer.{name}"])
+        for name, value in self._buffers().items():
+            value.copy_(saved.tensors[name])
+        if saved.values["replay"]:
+            kept = {name[7:]: value for name, value in saved.tensors.items() if name.startswith("replay.")}
+            self.stream.remember(scored_of(kept, saved.values["replay"]))
         self.stale = int(saved.values["stale"])
         best = saved.values["best_elbo"]
         self.best_elbo = -float("inf") if best is None else float(best)
         monitor.rewind(int(saved.values["metrics_bytes"]))
         return saved.step
+
+
+def _name(thing: Any) -> str:
+    """A setting as text that is the same in another process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def refuse_earlier(out: Path) -> None:
@@ -328,7 +376,7 @@ def accumulate(
     The engine sees the whole batch, whatever the memory.
 
     Args:
-        fresh: the policy has not changed since it drew, so the values are known from drawing.
+        fresh: all of the draws are of the policy as it is, so the values are known from drawing.
     """
     needs, draws = engine.claim.needs, scored.draws
     parts = list(batches(draws, micro_tokens))

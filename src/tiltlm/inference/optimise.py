@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,26 @@ class Optimiser:
 
     Args:
         parameters: trainable weights by name.
-        extra: the engine's own weights, trained at the same rate.
+        rates: the learning rate of those that have one of their own.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.masters = {
             name: value if value.dtype in (torch.float32, torch.float64) else nn.Parameter(value.detach().float())
             for name, value in self.parameters.items()
         }
-        self.adam = torch.optim.AdamW(list(self.masters.values()), lr=lr, weight_decay=weight_decay)
-        self.lr = lr
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            by_rate.setdefault((rates or {}).get(name, lr), []).append(master)
+        groups: list[dict[str, Any]] = [{"params": some, "rate": rate} for rate, some in by_rate.items()]
+        self.adam = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
     def gather(self) -> None:
         """Add the weights' gradients to their masters' and clear them."""
@@ -58,7 +67,7 @@ class Optimiser:
         """One update; returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), clip)
         for group in self.adam.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = group["rate"] * factor
         if torch.isfinite(norm):  # one bad batch must not destroy the weights
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)

@@ -85,6 +85,13 @@ class Backbone:
         return self.model.device
 
     @property
+    def width(self) -> int:
+        """Dimension of the features: of the hidden states, or of the logits where the model is run whole."""
+        split = self._split is not None
+        config = self.model.config.get_text_config()
+        return config.hidden_size if split else config.vocab_size
+
+    @property
     def _split(self) -> nn.Module | None:
         """The body, as long as the output layer is a plain one: an adapter on it has to be run whole."""
         return self._body if type(self.model.get_output_embeddings()) is nn.Linear else None

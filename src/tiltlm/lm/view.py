@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
 from tiltlm.lm.backbone import Backbone
 from tiltlm.lm.head import token_kl, token_log_prob
+from tiltlm.lm.heads import ValueHead
 from tiltlm.lm.sample import sample
 from tiltlm.lm.score import batches, completion_features, scatter
 from tiltlm.lm.text import decode, encode
@@ -169,7 +171,14 @@ class ModelPrior(View):
     def __mul__(self, evidence: Evidence) -> Target:
         return Target(self, evidence)
 
-    def policy(self, *, lora: LoRA | None = LoRA(), start: str | Path | None = None, seed: int = 0) -> ModelPolicy:
+    def policy(
+        self,
+        *,
+        lora: LoRA | None = LoRA(),
+        start: str | Path | None = None,
+        seed: int = 0,
+        values: bool = False,
+    ) -> ModelPolicy:
         """A trainable policy; this prior stays the reference, whatever the policy starts from.
 
         Args:
@@ -177,7 +186,9 @@ class ModelPrior(View):
             start: folder of a PEFT adapter to start from. The policy continues this adapter (of whatever rank it is); the
                 reference of the KL remains this prior.
             seed: of the adapter's initial weights.
+            values: give it a value head as well.
         """
+        head = ValueHead(self.body.backbone.width, seed).to(self.body.model.device) if values else None
         if self.law.top_k is not None:
             raise InputError(
                 f"top_k is {self.law.top_k}: a policy's top tokens are not the prior's, so that their KL is infinite; train "
@@ -186,7 +197,7 @@ class ModelPrior(View):
         if lora is None:
             if start is not None:
                 raise InputError(f"start is {start} with full fine-tuning; load the adapter into the model first")
-            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self)
+            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self, value_head=head)
         switch = self.body.adapters
         if start is not None:
             adapter = switch.load(start)
@@ -195,7 +206,7 @@ class ModelPrior(View):
         else:
             adapter = switch.new(lora, self.body.name, seed)
         switch.train(adapter)
-        return ModelPolicy(**self._parts(self.body, adapter), prior=self)
+        return ModelPolicy(**self._parts(self.body, adapter), prior=self, value_head=head)
 
     def fingerprint(self) -> str:
         """A hash of architecture, precision and a sample of the weights, the prior's adapter included."""
@@ -245,9 +256,11 @@ class ModelPolicy(View):
 
     Attributes:
         prior: the reference of the KL.
+        value_head: V(s) for engines that need it; trained with the policy, and no part of its law.
     """
 
     prior: ModelPrior
+    value_head: ValueHead | None = None
 
     @property
     def identity(self) -> str:
@@ -255,17 +268,22 @@ class ModelPolicy(View):
 
     def forward(self, draws: Draws, needs: frozenset[str]) -> Forward:
         """Score `draws` with gradient."""
-        unknown = needs - {"log_q", "kl"}
+        if "values" in needs and self.value_head is None:
+            raise InputError("this policy has no value head; make it with prior.policy(values=True)")
+        unknown = needs - {"log_q", "kl", "values"}
         if unknown:
-            raise ValueError(f"this policy cannot provide {sorted(unknown)}; it provides log_q and kl")
+            raise ValueError(f"a policy cannot provide {sorted(unknown)}; it provides log_q, kl and values")
         width = draws.tokens.shape[1]
         prior_features = self._prior_features(draws) if "kl" in needs else None
         features, mask = self._features(draws)
         log_q = scatter(self._head_log_prob(features, mask, draws), mask, width)
-        if prior_features is None:
-            return Forward(log_q)
-        head, prior_head = self.body.backbone.head, self.prior.body.backbone.head
-        return Forward(log_q, scatter(token_kl(features, head, prior_features, prior_head, self.law), mask, width))
+        kl = values = None
+        if prior_features is not None:
+            heads = self.body.backbone.head, self.prior.body.backbone.head
+            kl = scatter(token_kl(features, heads[0], prior_features, heads[1], self.law), mask, width)
+        if "values" in needs and self.value_head is not None:
+            values = scatter(self.value_head(features), mask, width)
+        return Forward(log_q, kl, values)
 
     def token_kl(self, draws: Draws) -> Float[Tensor, "B T"]:
         """Exact KL(pi(.|s_t) || pi0(.|s_t)) at every position of `draws`, without gradient."""
@@ -282,9 +300,10 @@ class ModelPolicy(View):
 
     def named_parameters(self) -> Mapping[str, nn.Parameter]:
         """The trainable weights, by names that do not depend on this run."""
-        if self.adapter is not None:
-            return self.body.adapters.parameters(self.adapter)
-        return dict(self.body.model.named_parameters())
+        own = self.body.model.named_parameters() if self.adapter is None else ()
+        weights = self.body.adapters.parameters(self.adapter) if self.adapter is not None else dict(own)
+        head = self.value_head.named_parameters() if self.value_head is not None else ()
+        return {**weights, **{f"head:{name}": value for name, value in head}}
 
     def fingerprint(self) -> str:
         """Identifies the reference, so that weights are not loaded onto another one."""
@@ -297,6 +316,8 @@ class ModelPolicy(View):
         else:
             self.body.model.save_pretrained(folder)
         self.body.tokenizer.save_pretrained(folder)
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
     def _prior_features(self, draws: Draws) -> Tensor:
         with torch.no_grad():

@@ -97,7 +97,8 @@ class Exact:
 
     def mean_reward(self, log_q: Float[Tensor, " K"]) -> float:
         """E_q r."""
-        return float((log_q.exp() * self.reward).sum())
+        q = log_q.exp()
+        return float(torch.where(q > 0, q * self.reward, 0.0).sum())  # the posterior leaves out what is impossible
 
     def elbo(self, log_q: Float[Tensor, " K"]) -> float:
         """E_q[log pi0 + r / beta - log q] = log Z - KL(q || p*)."""
@@ -116,6 +117,12 @@ class Exact:
             prefix: self.beta * float(np.logaddexp.reduce(joint) - np.logaddexp.reduce(prior))
             for prefix, (prior, joint) in sums.items()
         }
+
+    @property
+    def listed(self) -> Scored:
+        """Every completion once, with log q = 0: draws whose importance weights pi0 / q are the probabilities themselves."""
+        draws = self.scored.draws
+        return replace(self.scored, draws=replace(draws, log_q=torch.zeros_like(draws.log_q), sampler=""))
 
     @property
     def completions(self) -> tuple[tuple[int, ...], ...]:
@@ -172,7 +179,7 @@ def best_of_n_law(exact: Exact, n: int) -> Float[Tensor, " K"]:
     """
     prior, reward = exact.log_prior.exp(), exact.reward
     less = torch.stack([prior[reward < r - 1e-12].sum() for r in reward])
-    equal = torch.stack([prior[(reward - r).abs() <= 1e-12].sum() for r in reward])
+    equal = torch.stack([prior[(reward == r) | ((reward - r).abs() <= 1e-12)].sum() for r in reward])  # -inf is a tie too
     return prior * ((less + equal) ** n - less**n) / equal
 
 
@@ -212,13 +219,17 @@ def reverse_kl_gradient(
     return _gradient(policy, loss)
 
 
-def expected_gradient(policy: Any, exact: Exact, coefficient: Float[Tensor, "K T"]) -> dict[str, Tensor]:
-    """Gradient of sum_{x,t} coefficient[x, t] log q(x_t | x_<t): an engine's gradient, once its coefficients are known."""
-    log_q = policy.forward(exact.scored.draws, frozenset({"log_q"})).log_q
-    return _gradient(policy, (coefficient * log_q).sum())
+def expected_gradient(policy: Any, exact: Exact, coefficients: Mapping[str, Float[Tensor, "K T"]]) -> dict[str, Tensor]:
+    """An engine's gradient, once it is known what it wants of each number of a pass.
+
+    Args:
+        coefficients: for a field of `Forward` ("log_q", "kl"), the derivative of the expected loss with respect to it.
+    """
+    forward = policy.forward(exact.scored.draws, frozenset(coefficients))
+    return _gradient(policy, sum((value * getattr(forward, name)).sum() for name, value in coefficients.items()))
 
 
-def _gradient(policy: Any, loss: Tensor) -> dict[str, Tensor]:
+def _gradient(policy: Any, loss: Any) -> dict[str, Tensor]:
     named = policy.named_parameters()
     grads = torch.autograd.grad(loss, list(named.values()))
     return dict(zip(named, grads, strict=True))

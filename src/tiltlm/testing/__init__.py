@@ -5,7 +5,15 @@ check_engine(MyEngine())
 """
 
 from tiltlm.testing.conformance import Check, ClaimRefuted, check_engine, examine
-from tiltlm.testing.fixtures import Language, fixture_a, fixture_b, language, posterior_policy, small_language
+from tiltlm.testing.fixtures import (
+    Language,
+    fixture_a,
+    fixture_b,
+    language,
+    policy_with_law,
+    posterior_policy,
+    small_language,
+)
 from tiltlm.testing.tabular import TabularConfig, TabularLM, tabular_tokenizer
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "fixture_a",
     "fixture_b",
     "language",
+    "policy_with_law",
     "posterior_policy",
     "small_language",
     "tabular_tokenizer",

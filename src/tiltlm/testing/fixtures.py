@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tiltlm.evidence import Reward
 from tiltlm.lm.load import load
@@ -18,7 +19,7 @@ from tiltlm.lm.view import ModelPolicy, ModelPrior
 from tiltlm.posterior.exact import posterior
 from tiltlm.records import Prompts
 from tiltlm.target import Target
-from tiltlm.testing.tabular import Logit, TabularLM, tabular_tokenizer
+from tiltlm.testing.tabular import Logit, TabularConfig, TabularLM, tabular_tokenizer
 
 
 @dataclass(frozen=True)
@@ -108,23 +109,42 @@ def small_language(beta: float = 0.7) -> Language:
 
 
 def posterior_policy(world: Language) -> ModelPolicy:
-    """A policy that is exactly p*: each prefix's logits tilted by the soft values of what follows.
+    """A policy that is exactly p*, for every prompt."""
+    laws = [posterior(world.target, world.prompts, number).log_posterior for number in range(len(world.prompts))]
+    return policy_with_law(world, *laws)
 
-    pi*(a | h) = pi0(a | h) exp((V*(h + a) - V*(h)) / beta); strings that cannot occur keep their logits.
+
+def policy_with_law(world: Language, *log_laws: Tensor) -> ModelPolicy:
+    """A policy that has the given law over the completions of each prompt, as `posterior` lists them.
+
+    The probability of a token is the mass of what starts with it. A prefix without mass keeps the prior's logits.
     """
     policy = world.prior.policy(lora=None)
     model = policy.body.model
     assert isinstance(model, TabularLM)
-    config = model.config
-    for number in range(len(world.prompts)):
-        values = posterior(world.target, world.prompts, number).soft_values()
+    for number, log_law in enumerate(log_laws):
+        listed = posterior(world.target, world.prompts, number).completions
         prompt = world.prompts.tokens[number][world.prompts.mask[number]].tolist()
-        row = sum(token * config.vocab_size**i for i, token in enumerate(reversed(prompt)))
-        prefixes = itertools.chain.from_iterable(
-            itertools.product(range(config.vocab_size), repeat=n) for n in range(config.depth)
-        )
+        row = sum(token * model.config.vocab_size**i for i, token in enumerate(reversed(prompt)))
+        mass = _prefix_mass(listed, log_law.exp().tolist())
         with torch.no_grad():
-            for column, prefix in enumerate(prefixes):
-                for token in range(config.vocab_size):
-                    model.table[row, column, token] += values.get((*prefix, token), 0.0) / world.target.beta
+            for column, prefix in enumerate(_prefixes(model.config)):
+                if mass.get(prefix, 0.0) > 0:
+                    shares = [mass.get((*prefix, token), 0.0) for token in range(model.config.vocab_size)]
+                    model.table[row, column] = torch.tensor(shares, dtype=torch.float64).log()
     return policy
+
+
+def _prefix_mass(completions: Sequence[tuple[int, ...]], probability: Sequence[float]) -> dict[tuple[int, ...], float]:
+    """The probability that a completion starts with each prefix."""
+    mass: dict[tuple[int, ...], float] = {}
+    for completion, share in zip(completions, probability, strict=True):
+        for length in range(len(completion) + 1):
+            mass[completion[:length]] = mass.get(completion[:length], 0.0) + share
+    return mass
+
+
+def _prefixes(config: TabularConfig) -> Iterator[tuple[int, ...]]:
+    """The prefixes in the order of a `TabularLM`'s table."""
+    tokens = range(config.vocab_size)
+    return itertools.chain.from_iterable(itertools.product(tokens, repeat=n) for n in range(config.depth))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -23,9 +22,7 @@ class BestOfN:
     """
 
     n: int = 16
-    claim: ClassVar[Claim] = Claim(
-        fixed_point="best-of-n", objective="law", bias="none", source="Beirami et al. 2024, Lemma 1"
-    )
+    claim = Claim(fixed_point="best-of-n", objective="law", bias="none", source="Beirami et al. 2024, Lemma 1")
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
@@ -24,7 +23,7 @@ class Importance:
     """
 
     n: int = 64
-    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="1/n", source="Rubin 1987")
+    claim = Claim(fixed_point="p*", objective="law", bias="1/n", source="Rubin 1987")
 
     def __post_init__(self) -> None:
         if self.n < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,7 +31,7 @@ class Rejection:
     n: int = 256
     samples: int | None = None
     round: int = 64
-    claim: ClassVar[Claim] = Claim(fixed_point="p*", objective="law", bias="none", source="von Neumann 1951")
+    claim = Claim(fixed_point="p*", objective="law", bias="none", source="von Neumann 1951")
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.round < 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,8 +24,8 @@ class RLOO:
     """
 
     group: int = 8
-    updates: ClassVar[int] = 1
-    claim: ClassVar[Claim] = Claim(
+    updates = 1
+    claim = Claim(
         fixed_point="p*",
         objective="KL(q||p*)",
         bias="none",

@@ -1,0 +1,335 @@
+"""Where a step's completions come from: the policy, the prior, a replay buffer, a decoding engine, or a data set.
+
+A source is a choice, frozen; `open` makes the stream that `fit` takes batches from, which may remember. What an engine may
+be fed is in its claim, and `fit` refuses the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from tiltlm.errors import InputError
+from tiltlm.protocols import Claim, DecodingEngine, Policy
+from tiltlm.records import Draws, Prompts, Scored
+from tiltlm.target import Target
+from tiltlm.weights import resample
+
+Origin = Literal["policy", "prior", "other", "given"]
+"""Whose draws a source gives: the policy's as it is now, the prior's, some other law's, or what somebody wrote."""
+
+ACCEPTED: Mapping[str, frozenset[Origin]] = {
+    "on-policy": frozenset({"policy"}),
+    "prior": frozenset({"prior"}),
+    "weighted": frozenset({"policy", "prior", "other"}),
+    "any": frozenset({"policy", "prior", "other", "given"}),
+    "given": frozenset({"policy", "prior", "other", "given"}),
+}
+"""Which origins each `Claim.data` is sound with."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        scored: completions of the step's prompts, for the loss.
+        fresh: those of them that were drawn for this step, for the log; `scored` itself unless some are old.
+        drawn: completions drawn for this batch, kept or not.
+    """
+
+    scored: Scored
+    fresh: Scored
+    drawn: int
+
+
+class Stream(Protocol):
+    """An open source."""
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        """Scored completions of the prompts at `index`, about `group` of each."""
+        ...
+
+    def memory(self) -> Scored | None:
+        """What a checkpoint must keep: draws for the whole data set, or None."""
+        ...
+
+    def remember(self, memory: Scored) -> None:
+        """Take back what `memory` gave."""
+        ...
+
+
+class Source(Protocol):
+    """A choice of where completions come from."""
+
+    @property
+    def origin(self) -> Origin: ...
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream: ...
+
+
+class _Memoryless:
+    def memory(self) -> None:
+        return None
+
+    def remember(self, memory: Scored) -> None:
+        """There is nothing to remember."""
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """Fresh draws of the policy as it is."""
+
+    @property
+    def origin(self) -> Origin:
+        return "policy"
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        return _Drawing(target, policy, prompts)
+
+
+@dataclass(frozen=True)
+class FromPrior:
+    """Fresh draws of the prior."""
+
+    @property
+    def origin(self) -> Origin:
+        return "prior"
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        return _Drawing(target, target.prior, prompts)
+
+
+@dataclass(frozen=True)
+class _Drawing(_Memoryless):
+    target: Target
+    sampler: Any
+    prompts: Prompts
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        draws = self.sampler.draw(self.prompts.select(index), group, rng)
+        scored = self.target.score(draws)
+        return Batch(scored, scored, len(draws))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Draws that are there already, such as the plan's: each step gets all of them, or `group` chosen at random.
+
+    Attributes:
+        scored: draws for exactly the prompts that are trained on, of one law, whose log-probabilities they carry.
+        origin: whose draws they are.
+    """
+
+    scored: Scored = field(repr=False)
+    origin: Origin = "prior"
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        _require_draws_of(self.scored.draws, prompts)
+        return _Stored(self.scored.at(target.beta))
+
+
+@dataclass(frozen=True)
+class _Stored(_Memoryless):
+    scored: Scored
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        chosen = at_most(self.scored.of(index), group, rng)
+        return Batch(chosen, chosen, 0)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Fresh draws of the policy, together with draws of its earlier selves.
+
+    Old draws carry the log-probability of the law that drew them, so that an engine which is sound off-policy corrects for
+    their age.
+
+    Attributes:
+        old: earlier draws of each prompt in a step, beside the engine's `group` of fresh ones.
+        capacity: draws kept for each prompt; the oldest leave first.
+    """
+
+    old: int = 8
+    capacity: int = 64
+
+    @property
+    def origin(self) -> Origin:
+        return "other"
+
+    def __post_init__(self) -> None:
+        if self.old < 1 or self.capacity < self.old:
+            raise InputError(
+                f"replay has old {self.old} and capacity {self.capacity}; both must be at least 1, and capacity at least old"
+            )
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        return _Replaying(self, target, policy, prompts)
+
+
+class _Replaying:
+    def __init__(self, choice: Replay, target: Target, policy: Policy, prompts: Prompts) -> None:
+        self.choice, self.prompts = choice, prompts
+        self.drawing = _Drawing(target, policy, prompts)
+        self.kept: Scored | None = None
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        fresh = self.drawing.batch(index, group, rng).scored
+        scored = fresh
+        if self.kept is not None:
+            old = at_most(self.kept.of(index), self.choice.old, rng)
+            # the step's prompts under both, so that rows of one prompt meet
+            scored = Scored.concatenate([fresh, replace(old, draws=replace(old.draws, prompts=fresh.draws.prompts))])
+        # an empty sampler: by the next step the policy that drew them is no more
+        stored = fresh.among(self.prompts, index)
+        stored = replace(stored, draws=replace(stored.draws, sampler=""))
+        together = stored if self.kept is None else Scored.concatenate([self.kept, stored])
+        self.kept = _newest(together, self.choice.capacity)
+        return Batch(scored, fresh, len(fresh))
+
+    def memory(self) -> Scored | None:
+        return self.kept
+
+    def remember(self, memory: Scored) -> None:
+        self.kept = replace(memory, draws=replace(memory.draws, prompts=self.prompts))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoding engine returns: `group` samples a prompt, resampled from its weights.
+
+    Attributes:
+        engine: for example `Rejection(n=64)`, for exact posterior samples, or `BestOfN(16)`.
+        proposal: what the engine draws from: the prior, or the policy as it is.
+    """
+
+    engine: DecodingEngine
+    proposal: Literal["prior", "policy"] = "prior"
+
+    @property
+    def origin(self) -> Origin:
+        return "given"
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        return _Decoding(self, target, policy, prompts)
+
+
+@dataclass(frozen=True)
+class _Decoding(_Memoryless):
+    choice: Decoded
+    target: Target
+    policy: Policy
+    prompts: Prompts
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        prompts = self.prompts.select(index)
+        proposal = self.policy if self.choice.proposal == "policy" else None
+        weighted = self.choice.engine.sample(self.target, prompts, proposal=proposal, rng=rng)
+        scored = weighted.scored
+        rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), group, rng).flatten()
+        chosen = scored.select(rows[rows >= 0])
+        return Batch(chosen, chosen, len(scored) + scored.dropped)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Completions that somebody wrote, perhaps with preferences between them (`Scored.pairs`).
+
+    Attributes:
+        scored: completions of exactly the prompts that are trained on.
+    """
+
+    scored: Scored = field(repr=False)
+
+    @property
+    def origin(self) -> Origin:
+        return "given"
+
+    def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
+        _require_draws_of(self.scored.draws, prompts)
+        return _Everything(self.scored)
+
+
+@dataclass(frozen=True)
+class _Everything(_Memoryless):
+    scored: Scored
+
+    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        chosen = self.scored.of(index)
+        return Batch(chosen, chosen, 0)
+
+
+def default_source(claim: Claim) -> Source:
+    """The source that an engine is fed from unless one is named.
+
+    Raises:
+        InputError: for an engine that learns from completions that somebody wrote.
+    """
+    if claim.data == "given":
+        raise InputError(
+            "this engine learns from given completions; pass source=, for example Given(…) or Decoded(Rejection())"
+        )
+    return FromPrior() if claim.data == "prior" else OnPolicy()
+
+
+def require_sound(engine: Any, source: Source) -> None:
+    """Refuse draws that the engine's claim does not cover."""
+    claim: Claim = engine.claim
+    if source.origin in ACCEPTED[claim.data]:
+        return
+    name = type(engine).__name__
+    remedy = {
+        "on-policy": "it is right only for fresh draws of the policy: leave source out, or take an engine whose claim says "
+        "data: any, such as VarGrad",
+        "prior": "it needs the rest of every completion to come from the prior: use FromPrior() or a Pool of prior draws",
+    }.get(
+        claim.data,
+        "it corrects for the law that drew, which is unknown here; take an engine whose claim says data: any",
+    )
+    raise InputError(f"source is {type(source).__name__}, which {name} cannot learn from: {remedy}")
+
+
+def at_most(scored: Scored, count: int, rng: Generator) -> Scored:
+    """`count` rows of every prompt, chosen at random; all of a prompt that has no more."""
+    order = torch.rand(len(scored), generator=rng).argsort()
+    return scored.select(_first(scored.draws.prompt_index, order, count))
+
+
+def _newest(scored: Scored, count: int) -> Scored:
+    return scored.select(_first(scored.draws.prompt_index, torch.arange(len(scored)).flip(0), count))
+
+
+def _first(prompt_index: Tensor, order: Tensor, count: int) -> Tensor:
+    """Rows among the first `count` of their prompt in `order`; as a sorted index."""
+    by_prompt = order[prompt_index[order].argsort(stable=True)]
+    owner = prompt_index[by_prompt]
+    starts = torch.searchsorted(owner, owner)  # the first place of each row's prompt
+    rank = torch.arange(len(owner)) - starts
+    return by_prompt[rank < count].sort().values
+
+
+def _require_draws_of(draws: Draws, prompts: Prompts) -> None:
+    same = len(draws.prompts) == len(prompts) and draws.prompts.texts == prompts.texts
+    if not same:
+        raise InputError(
+            f"the source holds draws for {len(draws.prompts)} prompts that are not the {len(prompts)} to train on; draw again"
+        )
+
+
+__all__ = [
+    "Batch",
+    "Decoded",
+    "FromPrior",
+    "Given",
+    "OnPolicy",
+    "Pool",
+    "Replay",
+    "Source",
+    "Stream",
+    "default_source",
+    "require_sound",
+]

@@ -1,0 +1,273 @@
+"""A training engine's claim, proved or refuted: what its loss wants of each log-probability, over all tuples of draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiltlm.posterior import exact as ex
+from tiltlm.protocols import Claim
+from tiltlm.records import POLICY_FIELDS, Forward
+from tiltlm.testing.check import TOLERANCE, Check
+from tiltlm.testing.fixtures import Language, policy_with_law, posterior_policy, small_language
+
+GROUPS = (2, 3)
+"""Completions a prompt for which all tuples are listed."""
+FALLING = (2, 4)
+"""The same, where a bias of order 1/n is measured."""
+
+
+def _jensen_shannon(log_q: Tensor, log_p: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_q, log_p) - math.log(2)
+    return (log_q.exp() * (log_q - middle) + log_p.exp() * (log_p - middle)).sum() / 2
+
+
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "KL(q||p*)": lambda log_q, log_p: (log_q.exp() * (log_q - log_p)).sum(),
+    "KL(p*||q)": lambda log_q, log_p: -(log_p.exp() * log_q).sum(),
+    "JS(q,p*)": _jensen_shannon,
+    "TV(q,p*)": lambda log_q, log_p: (log_q.exp() - log_p.exp()).abs().sum() / 2,
+    "chi2(p*||q)": lambda log_q, log_p: (2 * log_p - log_q).exp().sum(),
+}
+"""Objectives whose gradient the suite knows, as functions of (log q, log p*)."""
+
+
+def training_checks(engine: Any) -> Iterator[Check]:
+    """Every check that a training engine's claim calls for."""
+    claim: Claim = engine.claim
+    if not claim.needs <= POLICY_FIELDS:
+        from tiltlm.testing.values import value_checks
+
+        yield from value_checks(engine)
+        return
+    world = small_language()
+    exact = ex.posterior(world.target, world.prompts)
+    if claim.fixed_point == "p*":
+        yield from _posterior_checks(engine, world, exact)
+    else:
+        yield from _other_law_checks(engine, world, exact)
+
+
+# --- p* ---
+
+
+def _posterior_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
+    claim: Claim = engine.claim
+    optimum = posterior_policy(world)
+    for whose, behaviour in _behaviours(claim, world, exact, optimum):
+        if claim.bias == "1/n":
+            errors = {n: _Enumeration(_sized(engine, n), world, optimum, exact, behaviour).pull for n in FALLING}
+            yield from _falling_checks(errors, f"expected gradient at p*, draws of {whose}")
+            continue
+        for group in GROUPS:
+            there = _Enumeration(_sized(engine, group), world, optimum, exact, behaviour)
+            yield Check(f"expected gradient vanishes at p*, draws of {whose}, group {group}", there.pull, TOLERANCE)
+            if claim.bias == "none" and whose == "the policy":
+                name = f"every draw's signal vanishes at p*, group {group}"
+                yield Check(name, there.largest_signal, TOLERANCE)
+    for group in GROUPS:
+        yield _attraction_check(_sized(engine, group), world, exact)
+    if claim.objective in OBJECTIVES:
+        yield from _gradient_checks(engine, world, exact)
+
+
+def _attraction_check(engine: Any, world: Language, exact: ex.Exact) -> Check:
+    """A step from the prior along the expected gradient goes towards p*: p* attracts, it does not only stand still."""
+    policy = world.prior.policy(lora=None)
+    got = _Enumeration(engine, world, policy, exact, exact.scored.log_prior).gradient
+    truth = ex.reverse_kl_gradient(policy, exact)
+    a, b = (torch.cat([gradient[name].flatten() for name in truth]) for gradient in (got, truth))
+    cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+    return Check(
+        f"goes towards p* (minus the cosine with the gradient of KL(q||p*)), group {engine.group}", -cosine, -0.05
+    )
+
+
+def _gradient_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
+    """Away from p*: the expected gradient is the objective's, and no offset of a prompt's reward changes it."""
+    claim: Claim = engine.claim
+    policy = world.prior.policy(lora=None)
+    with torch.no_grad():  # neither the prior nor p*
+        for weight in policy.named_parameters().values():
+            weight.add_(0.3 * torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight).cos())
+    truth = ex.reverse_kl_gradient(policy, exact, OBJECTIVES[claim.objective])
+    for whose, behaviour in _behaviours(claim, world, exact, policy):
+        if whose != "the policy" and claim.data not in ("weighted", "prior"):
+            continue
+        for offset in (0.0, 3.0):
+            errors = {}
+            for group in FALLING if claim.bias == "1/n" else GROUPS:
+                got = _Enumeration(_sized(engine, group), world, policy, exact, behaviour, offset).gradient
+                errors[group] = _distance(got, truth)
+            name = f"expected gradient is that of {claim.objective}, draws of {whose}, reward offset {offset:g}"
+            if claim.bias == "1/n":
+                yield from _falling_checks(errors, name)
+            elif claim.bias == "none":
+                yield Check(name, max(errors.values()), TOLERANCE)
+
+
+def _falling_checks(errors: Mapping[int, float], name: str) -> Iterator[Check]:
+    """An error of order 1/n: the measured slope in log n is about -1; no error at all is as good."""
+    low, high = (errors[n] for n in FALLING)
+    slope = math.log(high / low) / math.log(FALLING[1] / FALLING[0]) if low > TOLERANCE else -math.inf
+    yield Check(f"{name}: error falls like 1/n (slope in n)", slope, -0.5)
+
+
+# --- other laws ---
+
+
+def _other_law_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
+    """An engine that settles elsewhere: not at p*, and, if it can say where, there."""
+    claim: Claim = engine.claim
+    optimum = posterior_policy(world)
+    for group in GROUPS:
+        sized = _sized(engine, group)
+        for whose, behaviour in _behaviours(claim, world, exact, optimum):
+            # A modest claim must be an honest one too: say p* if it is p*.
+            pull = _Enumeration(sized, world, optimum, exact, behaviour).pull
+            yield Check(f"p* is not stationary, draws of {whose}, group {group}", TOLERANCE / max(pull, 1e-300), 1e-3)
+        if claim.fixed_point == "data" or hasattr(sized, "settles_at"):
+            yield from _settling_checks(sized, world, exact)
+
+
+def _settling_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
+    claim: Claim = engine.claim
+    if claim.fixed_point == "data":
+        data = _lagged(world, exact)
+        log_law, laws = data.sum(-1), [("the data", data)]
+    else:
+        log_law = engine.settles_at(exact)
+        laws = _behaviours(claim, world, exact, policy_with_law(world, log_law))
+    settled = policy_with_law(world, log_law)
+    for whose, behaviour in laws:
+        there = _Enumeration(engine, world, settled, exact, behaviour)
+        name = f"expected gradient vanishes at {claim.fixed_point}, draws of {whose}, group {engine.group}"
+        yield Check(name, there.pull, 1e3 * TOLERANCE)
+
+
+# --- enumeration ---
+
+
+def _sized(engine: Any, group: int) -> Any:
+    return replace(engine, group=group)
+
+
+def _behaviours(claim: Claim, world: Language, exact: ex.Exact, policy: Any) -> list[tuple[str, Tensor]]:
+    """The laws that draw: whose, and the log-probability of every completion's tokens (K, T)."""
+    if claim.data == "prior":
+        return [("the prior", exact.scored.log_prior)]
+    own = ("the policy", _token_log_prob(policy, exact))
+    return [own] if claim.data == "on-policy" else [own, ("another law", _lagged(world, exact))]
+
+
+def _lagged(world: Language, exact: ex.Exact) -> Tensor:
+    """A law with the prior's support that is neither the prior nor p*."""
+    policy = world.prior.policy(lora=None)
+    with torch.no_grad():
+        for weight in policy.named_parameters().values():
+            weight.add_(0.7 * torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight).sin())
+    return _token_log_prob(policy, exact)
+
+
+def _token_log_prob(policy: Any, exact: ex.Exact) -> Tensor:
+    return policy.log_prob(replace(exact.scored.draws, sampler="")).double()
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Every completion's numbers: what a pass of the policy gives, and the evidence."""
+
+    forward: Forward
+    scored: Any
+
+
+class _Enumeration:
+    """All tuples of `engine.group` draws of a law: what the engine's loss wants of a policy.
+
+    The state's log Z is put at the truth, and so are the values of prefixes: what is examined is the policy.
+
+    Attributes:
+        coefficients: expected derivative of the loss with respect to each field of `Forward` (K, T).
+        gradient: the same with respect to the policy's weights.
+        pull: the largest entry of the expected derivatives: of the policy's weights, the values and the state's weights.
+        largest_signal: the largest derivative of any tuple.
+    """
+
+    def __init__(
+        self, engine: Any, world: Language, policy: Any, exact: ex.Exact, behaviour: Tensor, offset: float = 0.0
+    ) -> None:
+        tables = _tables(engine, policy, exact, behaviour, offset)
+        self._state = _state_at_truth(engine, world, exact, tables.scored, offset)
+        own = list(self._state.parameters()) if isinstance(self._state, nn.Module) else []
+        fields = [name for name, value in vars(tables.forward).items() if value is not None]
+        self.coefficients = {name: torch.zeros_like(getattr(tables.forward, name)) for name in fields}
+        self.largest_signal = 0.0
+        of_state = [torch.zeros_like(p) for p in own]
+        probability = behaviour.sum(-1).exp()
+        for rows in itertools.product(range(len(probability)), repeat=engine.group):
+            index = torch.tensor(rows)
+            share = probability[index].prod()
+            if share == 0:
+                continue
+            leaves = {name: getattr(tables.forward, name)[index].clone().requires_grad_() for name in fields}
+            loss, _ = engine.loss(Forward(**leaves), tables.scored.select(index), self._state)
+            signals = torch.autograd.grad(loss, [*leaves.values(), *own], allow_unused=True)
+            for name, signal in zip(fields, signals, strict=False):
+                if signal is not None:
+                    self.coefficients[name].index_add_(0, index, signal * share)
+                    self.largest_signal = max(self.largest_signal, float(signal.abs().max()))
+            for total, signal in zip(of_state, signals[len(fields) :], strict=True):
+                if signal is not None:
+                    total.add_(signal * share)
+        of_policy = {name: value for name, value in self.coefficients.items() if name in ("log_q", "kl")}
+        self.gradient = ex.expected_gradient(policy, exact, of_policy)
+        beside = [self.coefficients[name] for name in fields if name not in of_policy]
+        self.pull = max(float(value.abs().max()) for value in [*self.gradient.values(), *beside, *of_state])
+
+
+def _tables(engine: Any, policy: Any, exact: ex.Exact, behaviour: Tensor, offset: float) -> _Tables:
+    draws = replace(exact.scored.draws, sampler="")
+    needs = engine.claim.needs
+    with torch.no_grad():
+        forward = policy.forward(draws, needs - {"values"})
+    known = {name: value.double() for name, value in vars(forward).items() if value is not None}
+    if "values" in needs:
+        known["values"] = _values(exact) + offset * draws.mask
+    scored = replace(
+        exact.scored, draws=replace(draws, log_q=behaviour), log_evidence=exact.scored.log_evidence + offset
+    )
+    return _Tables(Forward(**known), scored)
+
+
+def _values(exact: ex.Exact) -> Tensor:
+    """V*(s_t) in nats for every completion and position."""
+    soft = exact.soft_values()
+    table = torch.zeros(exact.scored.draws.mask.shape, dtype=torch.float64)
+    for row, completion in enumerate(exact.completions):
+        for t in range(len(completion)):
+            table[row, t] = soft[completion[:t]] / exact.beta
+    return table
+
+
+def _state_at_truth(engine: Any, world: Language, exact: ex.Exact, scored: Any, offset: float) -> Any:
+    state = engine.init(world.prompts)
+    if isinstance(state, nn.Module):
+        state = state.double()
+        if hasattr(state, "log_z"):
+            with torch.no_grad():
+                state.log_z.fill_(exact.log_z + offset)  # pyright: ignore[reportCallIssue]
+    elif hasattr(engine, "observe"):
+        engine.observe(scored, state)
+    return state
+
+
+def _distance(gradient: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Largest difference relative to the largest entry of the truth."""
+    largest = max(float(value.abs().max()) for value in truth.values())
+    return max(float((gradient[n] - truth[n]).abs().max()) for n in truth) / largest
