@@ -243,7 +243,7 @@ class TestRecipe:
                 "steps is 'many' in bad.yaml: .*valid integer.*training steps",
             ),
             ("model: x\nprompts: y\nreward: z\nsteps: 0", "steps is 0 in bad.yaml: .*greater than or equal to 1"),
-            ("model: x\nprompts: y\nreward: z\nengine: ppo", "engine is 'ppo' in bad.yaml: .*'rloo'"),
+            ("model: x\nprompts: y\nreward: z\nschedule: square", "schedule is 'square' in bad.yaml: .*'cosine'"),
             ("model: x\nprompts: y\nreward: z\nbounds: [1, -1]", "bounds are .*give the smallest reward first"),
             ("model: x\nprompts: y\nreward: z\ntemperature: .inf", "temperature is inf in bad.yaml: .*finite"),
         ],

@@ -33,6 +33,8 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What Typer raises for flags it does not understand; its name is private."""
 INTERRUPTED = 130
+DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/importance"
+"""One of each family, and a trained policy corrected by its weights."""
 
 console = Console()
 stderr = Console(stderr=True)
@@ -119,6 +121,88 @@ def sample(
             console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
     log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
     _write_json(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z})
+
+
+@app.command(
+    epilog="Examples: tiltlm compare recipes/film.yaml --samples 2048 · … --engines prior,rloo,var-grad+replay,rloo/smc --seconds 60"
+)
+@recipe_command("Prior", "Evidence", "Training", "Samples", "Run")
+def compare(
+    recipe: Recipe,
+    engines: Annotated[
+        str,
+        typer.Option(
+            help="names with commas: prior, an engine, engine+replay, engine/decoder; tiltlm engines lists them"
+        ),
+    ] = DEFAULT_CONTEST,
+    samples_each: Annotated[int, typer.Option("--budget", help="completions that each engine may draw", min=1)] = 4096,
+    seconds: Annotated[
+        float | None, typer.Option(help="compare once more, at equal seconds of training", min=1, show_default=False)
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Put engines side by side on one target, at an equal budget."""
+    from tiltlm.workflow.contest import contest
+
+    _require_writable(json_file)
+    with _draw_bars() as bars:
+        run = _run(recipe, bars)
+        run.check()
+        run.chosen_beta()
+    found = contest(run, engines, samples_each, seconds, stderr)
+    for comparison in found:
+        console.print(str(comparison), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"picture: {recipe.folder / 'compare.html'}", highlight=False, soft_wrap=True)
+    _write_json(json_file, {"comparisons": [comparison.as_dict() for comparison in found]})
+
+
+@app.command(epilog="Examples: tiltlm engines · tiltlm engines --prove · tiltlm engines var-grad --prove")
+def engines(
+    name: Annotated[str | None, typer.Argument(help="only this engine", show_default=False)] = None,
+    prove: Annotated[bool, typer.Option("--prove", help="check every claim by enumeration")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="also write the table as a page of documentation", show_default=False)
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """List the engines with what they claim; with --prove, prove it."""
+    from tiltlm.workflow.claims import claims, claims_markdown, claims_table, details, proofs
+
+    _require_writable(json_file)
+    _require_writable(markdown)
+    rows = claims(name)
+    if prove:
+        rows = proofs(rows, lambda text: stderr.print(text, highlight=False, markup=False, soft_wrap=True))
+    console.print(claims_table(rows))
+    if name is not None:
+        console.print(details(rows[0]), highlight=False, markup=False, soft_wrap=True)
+    if markdown is not None:
+        from tiltlm.workflow.files import write_text
+
+        write_text(markdown, claims_markdown(rows))
+    _write_json(json_file, {"engines": [row.as_dict() for row in rows]})
+    if any(row.refuted for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples: tiltlm explain grpo.yaml · tiltlm explain train.sh --format openrlhf · tiltlm explain recipe.yaml"
+)
+def explain(
+    config: Annotated[Path, typer.Argument(help="a recipe, TRL config, verl YAML or OpenRLHF command line")],
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="tiltlm, trl, openrlhf or verl; by default it is recognised", show_default=False),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Say what distribution a reinforcement-learning configuration really converges to."""
+    from tiltlm.explain import explain as explained
+
+    _require_writable(json_file)
+    found = explained(config, format=kind)
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    _write_json(json_file, found.as_dict())
 
 
 @app.command(epilog="Example: tiltlm report runs/film")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
+from tiltlm.errors import InputError
 from tiltlm.workflow.recipe import Recipe, read_recipe
 
 GROUPS = {
@@ -31,10 +33,15 @@ GROUPS = {
     "Samples": ("samples", "exact_budget"),
     "Training": (
         "engine",
+        "options",
         "group",
+        "replay",
+        "teacher",
+        "data",
         "steps",
         "batch",
         "lr",
+        "engine_lr",
         "schedule",
         "warmup",
         "clip",
@@ -67,6 +74,7 @@ def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[...
         def run(recipe: Path | None, **values: Any) -> None:
             flags = {name: values.pop(name) for _, name in fields}
             flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
+            flags |= {name: _pairs(name, flags[name]) for name in flags if _is_mapping(name) and flags[name]}
             command(recipe=read_recipe(recipe, flags), **values)
 
         file = inspect.Parameter(
@@ -87,11 +95,27 @@ def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[...
 def _flag(panel: str, name: str) -> inspect.Parameter:
     field = Recipe.model_fields[name]
     kind = _plain_type(field.annotation)
-    shown = "" if field.is_required() or field.default in (None, []) else f" [dim](default: {field.default})[/dim]"
+    shown = "" if field.is_required() or field.default in (None, [], {}) else f" [dim](default: {field.default})[/dim]"
     option = typer.Option(help=f"{field.description}{shown}", rich_help_panel=panel, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _is_mapping(name: str) -> bool:
+    return typing.get_origin(Recipe.model_fields[name].annotation) is dict
+
+
+def _pairs(name: str, given: list[str]) -> dict[str, Any]:
+    """name=value, each value as YAML reads it."""
+    pairs = [text.partition("=") for text in given]
+    wrong = next((text for text, (key, equals, _) in zip(given, pairs, strict=True) if not key or not equals), None)
+    if wrong is not None:
+        raise InputError(f"--{name} is {wrong!r}; write it as name=value")
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise InputError(f"--{name} {given[0]!r} is not a value that YAML can read; put it into quotes") from error
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -102,4 +126,6 @@ def _plain_type(annotation: Any) -> Any:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return str
+    if typing.get_origin(annotation) is dict:
+        return list[str]
     return annotation

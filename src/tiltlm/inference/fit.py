@@ -31,7 +31,7 @@ from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Forward, Info, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.store import scored_of, tensors_of
-from tiltlm.target import Target, require_finite
+from tiltlm.target import Target, require_finite, require_trainable
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
 """Settings that a resumed run must share with the one it goes on from."""
@@ -55,6 +55,7 @@ class Training:
         certify_every: certificate every so many steps, 0 for none.
         certify_samples: draws a prompt in it.
         patience: stop after so many certificates without a better ELBO, 0 to go on to the end.
+        seconds: stop after so many seconds of training, 0 for no limit; the learning rate then falls with the time.
         checkpoint_every: checkpoint every so many steps; with `out` only.
     """
 
@@ -70,6 +71,7 @@ class Training:
     certify_every: int = 0
     certify_samples: int = 16
     patience: int = 0
+    seconds: float = 0.0
     checkpoint_every: int = 10
     seed: int = 0
 
@@ -77,7 +79,7 @@ class Training:
         for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "certify_every", "patience", "weight_decay"):
+        for name in ("warmup", "certify_every", "patience", "seconds", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name, example in (("lr", "3e-4"), ("engine_lr", "0.01")):
@@ -187,6 +189,7 @@ class _Loop:
         rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
         self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
         self.best_elbo, self.stale = -float("inf"), 0
+        self.began = time.perf_counter()
 
     def run(self, monitor: Monitor, resume: bool) -> None:
         first = self._restore(monitor, resume)
@@ -229,8 +232,9 @@ class _Loop:
                 self.optimiser,
                 fresh=update == 0 and self.source.origin == "policy",
             )
-            factor = learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.schedule)
+            factor = learning_rate(self._place(step), self.settings.steps, self.settings.warmup, self.settings.schedule)
             norm = self.optimiser.step(self.settings.clip, factor)
+            require_trainable(norm, scored)
         ended = time.perf_counter()
         tokens = int(fresh.draws.mask.sum())
         reward = self.target.beta * fresh.log_evidence.double()
@@ -271,7 +275,14 @@ class _Loop:
         self.best_elbo = max(self.best_elbo, certificate.elbo.value)
 
     def _should_stop(self) -> bool:
-        return 0 < self.settings.patience <= self.stale
+        late = 0 < self.settings.seconds <= time.perf_counter() - self.began
+        return late or 0 < self.settings.patience <= self.stale
+
+    def _place(self, step: int) -> float:
+        """How far the run is, in steps: by the count, or by the clock if that says more."""
+        s = self.settings
+        elapsed = (time.perf_counter() - self.began) / s.seconds if s.seconds else 0.0
+        return max(float(step), min(1.0, elapsed) * s.steps)
 
     def _identity(self) -> dict[str, Any]:
         digest, weights = hashlib.sha256(), self.optimiser.parameters

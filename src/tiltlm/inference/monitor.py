@@ -24,6 +24,8 @@ class Monitor:
         out: folder of `metrics.jsonl`; None writes no file.
         trackers: names that accelerate knows: "tensorboard", "wandb", "trackio".
         console: where the bar is drawn; stderr by default.
+        what: name of the bar.
+        quiet: draw none.
     """
 
     def __init__(
@@ -32,18 +34,21 @@ class Monitor:
         trackers: Sequence[str] = (),
         console: Console | None = None,
         config: Mapping[str, Any] | None = None,
+        what: str = "train",
+        quiet: bool = False,
     ) -> None:
         self._path = out / "metrics.jsonl" if out else None
         self._trackers = tuple(trackers)
         self._config = dict(config or {})
         self._accelerator: Any = None
         self._progress = Progress(
-            TextColumn("train"),
+            TextColumn(what),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=console or Console(stderr=True),
+            disable=quiet,
         )
         self._task: Any = None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def learning_rate(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
+def learning_rate(step: float, steps: int, warmup: int, schedule: Schedule) -> float:
     """Factor of the learning rate at `step` (from 0): a linear warm-up, then constant or falling to 0 after the last."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -64,8 +64,13 @@ class Optimiser:
                 value.grad = None
 
     def step(self, clip: float, factor: float) -> float:
-        """One update; returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), clip)
+        """One update; returns the gradient's norm before clipping.
+
+        Weights with a learning rate of their own are clipped on their own: a value head's large error must not shrink the
+        policy's step.
+        """
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], clip) for group in self.adam.param_groups]
+        norm = torch.stack([n.cpu() for n in norms]).norm()
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * factor
         if torch.isfinite(norm):  # one bad batch must not destroy the weights

@@ -241,17 +241,15 @@ class Given:
 
     Attributes:
         scored: completions of exactly the prompts that are trained on.
+        origin: whose completions they are, where that is known: "prior" for a data set that the prior wrote.
     """
 
     scored: Scored = field(repr=False)
-
-    @property
-    def origin(self) -> Origin:
-        return "given"
+    origin: Origin = "given"
 
     def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
         _require_draws_of(self.scored.draws, prompts)
-        return _Everything(self.scored)
+        return _Everything(self.scored.at(target.beta))
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,13 @@ class AdapterSwitch:
                 value.copy_(source[key])
         return fresh
 
+    def remove(self, name: str) -> None:
+        """Forget an adapter and free its memory."""
+        assert self.peft is not None
+        self._trained.pop(name, None)
+        self.peft.delete_adapter(name)
+        self._active = ""  # whatever peft has made active, the next activate() sets it anew
+
     def activate(self, name: str | None) -> None:
         """Run the model with this adapter on; None switches all off."""
         if self.peft is None or name == self._active:

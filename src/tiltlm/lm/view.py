@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
 from tiltlm.lm.backbone import Backbone
-from tiltlm.lm.head import token_kl, token_log_prob
+from tiltlm.lm.head import apply_law, token_kl, token_log_prob
 from tiltlm.lm.heads import ValueHead
 from tiltlm.lm.sample import sample
 from tiltlm.lm.score import batches, completion_features, scatter
 from tiltlm.lm.text import decode, encode
+from tiltlm.lm.walk import ModelWalk, redraw
 from tiltlm.protocols import Law
 from tiltlm.records import Draws, Forward, Prompts
 from tiltlm.target import Target
@@ -125,6 +126,14 @@ class View:
             parts = [self._log_prob(draws.select(rows)) for rows in batches(draws, SCORING_TOKENS)]
         return torch.cat(parts).clone()
 
+    def walk(self, prompts: Prompts, n: int) -> ModelWalk:
+        """`n` empty rows of every prompt, to be extended token by token."""
+        return ModelWalk.start(self, prompts, n)
+
+    def redraw(self, draws: Draws, keep: Int[Tensor, " B"], rng: Generator) -> Draws:
+        """Draw each completion anew from its token `keep` on; what is before stays, its log-probability taken under this law."""
+        return redraw(self, draws, keep, rng)
+
     def complete(self, prompts: Prompts, index: Tensor, completions: Sequence[Sequence[int]]) -> Draws:
         """Draws made from given token ids (someone else's completions), scored under this law."""
         width = max(1, max(map(len, completions), default=1))
@@ -158,6 +167,10 @@ class View:
         features, mask = self._features(draws)
         log_q = self._head_log_prob(features, mask, draws)
         return scatter(log_q, mask, draws.tokens.shape[1])
+
+    def _next(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Log-probabilities of the next token under this law, from the features that predict it."""
+        return apply_law(self.body.backbone.head.logits(features), self.law).log_softmax(-1)
 
     def _head_log_prob(self, features: Tensor, mask: Tensor, draws: Draws) -> Tensor:
         targets = draws.tokens[:, : mask.shape[1]][mask].to(features.device)
@@ -318,6 +331,11 @@ class ModelPolicy(View):
         self.body.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+
+    def discard(self) -> None:
+        """Free the adapter's memory; the policy cannot be used afterwards."""
+        if self.adapter is not None:
+            self.body.adapters.remove(self.adapter)
 
     def _prior_features(self, draws: Draws) -> Tensor:
         with torch.no_grad():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -54,11 +53,9 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The report as HTML."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["show"] = words.show
-    template = environment.from_string(files("tiltlm.report").joinpath("report.html.j2").read_text(encoding="utf-8"))
     frontier, prompts = frontier_figure(run), prompts_figure(run)
-    return template.render(
+    return page(
+        "report.html.j2",
         title=run.recipe.get("name") or run.folder.resolve().name,
         model=run.recipe.get("model"),
         headline=words.headline(run),
@@ -77,11 +74,22 @@ def render(run: Run) -> str:
         open=OPEN,
         notes=words.notes(run),
         recipe=_recipe(run.recipe),
-        plotly=Markup(get_plotlyjs()),
-        light=LIGHT,
-        dark=DARK,
-        font=Markup(FONT),
-        swap=embed(to_dark()),
+    )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page that needs nothing else, from one of the templates beside this file."""
+    environment = Environment(
+        loader=PackageLoader("tiltlm", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["show"] = words.show
+    script, swap = Markup(get_plotlyjs()), embed(to_dark())
+    return environment.get_template(template).render(
+        **values, plotly=script, light=LIGHT, dark=DARK, font=Markup(FONT), swap=swap
     )
 
 

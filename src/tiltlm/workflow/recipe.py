@@ -54,11 +54,20 @@ class Recipe(BaseModel):
     )
 
     # train
-    engine: Literal["rloo"] = Field("rloo", description="training engine")
-    group: Annotated[int, Field(ge=2)] = Field(8, description="completions a prompt in a step")
+    engine: str = Field("rloo", description="training engine; tiltlm engines lists them")
+    options: dict[str, Any] = Field({}, description="the engine's own settings, as name=value")
+    group: Annotated[int, Field(ge=1)] = Field(8, description="completions a prompt in a step")
+    replay: Annotated[int, Field(ge=0)] = Field(
+        0, description="earlier draws of a prompt in a step, beside the fresh ones"
+    )
+    teacher: str | None = Field(
+        None, description="decoding engine whose samples are learned from, for sft, dpo and raft"
+    )
+    data: str | None = Field(None, description="file of completions or preferences to learn from, with TRL's columns")
     steps: Positive = Field(40, description="training steps")
     batch: Positive = Field(4, description="prompts a step")
     lr: float = Field(3e-4, gt=0, lt=1, description="learning rate")
+    engine_lr: float = Field(1e-2, gt=0, lt=1, description="learning rate of log Z, value heads and the like")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="of the learning rate")
     warmup: Annotated[int, Field(ge=0)] = Field(2, description="steps until the learning rate is reached")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -86,6 +95,9 @@ class Recipe(BaseModel):
             raise ValueError(f"{' and '.join(chosen)} are ways to choose the same thing; give one of them")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; it is a temperature in reward units per nat and must be positive")
+        sources = [name for name in ("replay", "teacher", "data") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} are ways to get completions to learn from; give one of them")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds are {self.bounds}; give the smallest reward first, then the largest")
         return self
@@ -112,6 +124,8 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
     if given.keys() & choices:  # a flag replaces whichever way the file chose
         values = {name: value for name, value in values.items() if name not in choices}
     try:
+        if "options" in given:
+            given["options"] = {**values.get("options", {}), **given["options"]}
         return Recipe.model_validate(values | given)
     except ValidationError as error:
         raise InputError(_sentence(error, file, given)) from error
@@ -130,7 +144,7 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, name: str, value: Any) -> Any:
-    if name in {"prompts", "reward", "start", "prior_adapter", "model"} and isinstance(value, str):
+    if name in {"prompts", "reward", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
         path, colon, rest = value.partition(":")
         near = file.parent / path
         if near.exists() and not Path(path).is_absolute():

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
 from tiltlm.evidence.reward import Reward
-from tiltlm.inference.decoding.best_of_n import BestOfN
-from tiltlm.inference.decoding.importance import Importance
-from tiltlm.inference.decoding.rejection import Rejection
+from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.fit import Training, fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.training.rloo import RLOO
+from tiltlm.inference.source import Decoded, Replay, Source
 from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
@@ -46,12 +44,8 @@ Progress = Callable[[str, int], Callable[[int], None]]
 SHOWN = 4
 """Completions of each kind that the report shows for a prompt."""
 
-ENGINES: Mapping[str, Callable[[int], Any]] = {
-    "best-of-n": BestOfN,
-    "importance": Importance,
-    "rejection": lambda n: Rejection(n=n),
-}
-"""Decoding engines by the name that the command line knows; the number is their draws a prompt."""
+BUDGETS = ("n", "particles", "steps")
+"""What the number of draws a prompt is called by the decoding engines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +85,29 @@ class Run:
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self._rows, self._reward
+        _ = self._rows, self._reward, self.engine, self._teacher
+
+    @cached_property
+    def engine(self) -> Any:
+        """The training engine, with the recipe's settings."""
+        r = self.recipe
+        engines = training_engines()
+        group = {"group": r.group} if r.engine in engines and _has(engines[r.engine], "group") else {}
+        return make_engine(engines, r.engine, {**group, **r.options})
+
+    @cached_property
+    def _teacher(self) -> Any:
+        r = self.recipe
+        return None if r.teacher is None else make_engine(decoding_engines(), r.teacher, {})
+
+    def _source(self, target: Target) -> Source | None:
+        """Where the completions to learn from come from; None leaves it to the engine."""
+        r = self.recipe
+        if r.replay:
+            return Replay(old=r.replay, capacity=max(64, 4 * r.replay))
+        if self._teacher is not None:
+            return Decoded(self._teacher)
+        return None
 
     def target(self, beta: float) -> Target:
         """The target at a temperature."""
@@ -181,26 +197,29 @@ class Run:
         policy = fit(
             self.target(beta),
             self.prompts,
-            RLOO(group=r.group),
-            lora=self._lora(),
+            self.engine,
+            source=self._source(self.target(beta)),
+            lora=self.lora(),
             start=r.start,
             out=r.folder,
             resume=resume,
             monitor=monitor,
             prior_draws=prior_draws,
-            settings=self._training(),
+            settings=self.training_settings(),
         )
         self._write("recipe.json", self._recipe_with_versions())
         self._save_policy(policy, beta)
         return beta
 
-    def _lora(self) -> LoRA | None:
+    def lora(self) -> LoRA | None:
+        """The adapter to train; None trains all weights."""
         r = self.recipe
         if r.lora_r == 0:
             return None
         return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear")
 
-    def _training(self) -> Training:
+    def training_settings(self) -> Training:
+        """The loop's settings."""
         names = set(Training.__dataclass_fields__)
         return Training(**{name: value for name, value in self.recipe.model_dump().items() if name in names})
 
@@ -290,8 +309,7 @@ class Run:
             InputError: for an engine that is not there, or one that cannot serve this target.
         """
         self.check()
-        if engine not in ENGINES:
-            raise InputError(f"engine is {engine!r}; choose {', '.join(ENGINES)}")
+        decoder = decoder_with(engine, draws)
         sampler = None if proposal is None else self._sampler(proposal)
         target = self.target(self.chosen_beta())
         count_drawn = len(self.prompts) * draws
@@ -299,9 +317,7 @@ class Run:
             target = replace(target, prior=self._reporting(self.prior, "proposals", count_drawn))
         else:
             sampler = self._reporting(sampler, "proposals", count_drawn)
-        weighted = ENGINES[engine](draws).sample(
-            target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed)
-        )
+        weighted = decoder.sample(target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed))
         rng = Generator().manual_seed(self.recipe.seed + 1)
         chosen = resample(weighted.log_w, weighted.scored.draws.prompt_index, len(self.prompts), count, rng)
         reward = target.beta * weighted.scored.log_evidence
@@ -326,6 +342,17 @@ class Run:
 
     def _write_text(self, name: str, text: str) -> None:
         write_text(self.recipe.folder / name, text)
+
+
+def decoder_with(name: str, draws: int) -> Any:
+    """A decoding engine that may use `draws` completions a prompt."""
+    engines = decoding_engines()
+    budget = next((b for b in BUDGETS if name in engines and _has(engines[name], b)), None)
+    return make_engine(engines, name, {} if budget is None else {budget: draws})
+
+
+def _has(engine: Any, setting: str) -> bool:
+    return any(field.name == setting and field.init for field in fields(engine))
 
 
 def _shown(scored: Scored | None, prompt: int, beta: float) -> list[dict[str, Any]]:

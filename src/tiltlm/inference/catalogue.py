@@ -1,0 +1,95 @@
+"""Every engine by name: found by looking into the folders, so that a new file is all that a new engine needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from tiltlm.errors import InputError
+from tiltlm.inference import decoding, training
+
+
+def training_engines() -> dict[str, Any]:
+    """Every training engine with its defaults, and every preset, by the name that recipes use."""
+    return _engines(training, "loss")
+
+
+def decoding_engines() -> dict[str, Any]:
+    """Every decoding engine with its defaults, and every preset."""
+    return _engines(decoding, "sample")
+
+
+def make_engine(engines: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
+    """An engine by name, with some of its settings changed.
+
+    Args:
+        options: settings by name; a behaviour is given by the name of a function in the engine's module.
+
+    Raises:
+        InputError: for an engine or a setting that is not there, or a value that it refuses.
+    """
+    if name not in engines:
+        near = difflib.get_close_matches(name, engines, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose {', '.join(sorted(engines))}"
+        raise InputError(f"engine is {name!r}; {hint}")
+    engine = engines[name]
+    known = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine) if field.init}
+    for option in options:
+        if option not in known:
+            raise InputError(f"option {option!r} is none of {name}'s; it has {', '.join(known) or 'none'}")
+    values = {option: _as_given(engine, name, option, known[option], value) for option, value in options.items()}
+    return dataclasses.replace(engine, **values)
+
+
+def name_of(kind: type) -> str:
+    """VarGrad is var-grad, BestOfN is best-of-n, SoftSARSA is soft-sarsa, RLOO is rloo."""
+    parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", kind.__name__)
+    return "-".join(parts).lower()
+
+
+def summary_of(engine: Any) -> str:
+    """The first sentence of an engine's docstring."""
+    return " ".join((type(engine).__doc__ or "").split("\n\n")[0].split())
+
+
+def _engines(package: ModuleType, method: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{entry.name}")
+        kinds = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind) and hasattr(kind, method) and hasattr(kind, "claim"):
+                found[name_of(kind)] = kind()
+        found |= getattr(module, "PRESETS", {})
+    return dict(sorted(found.items()))
+
+
+def _as_given(engine: Any, name: str, option: str, default: Any, value: Any) -> Any:
+    if callable(default) and not dataclasses.is_dataclass(default):
+        return _behaviour(engine, name, option, value)
+    if isinstance(default, bool | int | float) and not isinstance(value, bool | int | float):
+        raise InputError(f"option {option} of {name} is {value!r}; it must be {_kind(default)}")
+    return value
+
+
+def _behaviour(engine: Any, name: str, option: str, value: Any) -> Callable[..., Any]:
+    if callable(value):
+        return value
+    module = importlib.import_module(type(engine).__module__)
+    function = getattr(module, str(value), None)
+    if not callable(function) or isinstance(function, type):
+        functions = [
+            k for k, v in vars(module).items() if callable(v) and not isinstance(v, type) and not k.startswith("_")
+        ]
+        raise InputError(f"option {option} of {name} is {value!r}; it must name one of {', '.join(functions)}")
+    return function
+
+
+def _kind(default: Any) -> str:
+    return "true or false" if isinstance(default, bool) else "a number"

@@ -1,0 +1,393 @@
+"""`compare`: engines side by side on one target, at an equal budget, judged by the same certificate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator
+
+from tiltlm.diagnostics.certificate import Z95, Certificate, certify, exact_samples
+from tiltlm.diagnostics.degeneracy import Diversity, diversity
+from tiltlm.errors import InputError
+from tiltlm.inference.fit import Training, fit
+from tiltlm.inference.monitor import Monitor
+from tiltlm.inference.source import Decoded, FromPrior, OnPolicy, Pool, Replay, Source, default_source
+from tiltlm.lm.adapters import LoRA
+from tiltlm.posterior import exact as ex
+from tiltlm.protocols import DecodingEngine, Sampler
+from tiltlm.records import Estimate, Interval, Prompts, Scored, Weighted
+from tiltlm.seeds import generator
+from tiltlm.target import Target
+from tiltlm.weights import group_sum, normalise
+
+LISTED = 5000
+"""Most completions of a prompt for which the truth is computed by listing them, instead of being estimated."""
+BUDGETS = ("n", "particles", "steps")
+"""What decoding engines call the completions that they may draw for a prompt."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to the posterior.
+
+    Attributes:
+        engine: a training or a decoding engine; None is the prior as it is.
+        source: where a training engine's completions come from.
+        settings: changes to the comparison's `Training`.
+        then: a decoding engine that takes the trained policy as its proposal.
+    """
+
+    engine: Any = None
+    source: Source | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    then: DecodingEngine | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a contender reached. Means are over prompts; a number that cannot be had is None.
+
+    Attributes:
+        reward: E_q r.
+        kl_prior: KL(q || pi0), nats.
+        to_posterior: KL(q || p*), nats. For a decoding engine an interval from 0 to the bound log Z - E log Zhat.
+        from_posterior: KL(p* || q), nats; large where modes are missed.
+        samples: completions drawn on the way.
+        steps: of training.
+    """
+
+    name: str
+    reward: Estimate
+    kl_prior: Estimate | None
+    to_posterior: Interval | None
+    from_posterior: Interval | None
+    diversity: Diversity | None
+    samples: int
+    steps: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parts = ("reward", "kl_prior", "to_posterior", "from_posterior", "diversity")
+        values = {name: getattr(self, name) for name in parts}
+        plain = {name: None if value is None else value.as_dict() for name, value in values.items()}
+        return {"name": self.name, **plain, "samples": self.samples, "steps": self.steps, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of one comparison.
+
+    Attributes:
+        budget: what was equal, in words.
+        exact: the divergences are the truth, by listing all completions, and not estimates.
+    """
+
+    results: tuple[Result, ...]
+    budget: str
+    beta: float
+    exact: bool
+
+    def __str__(self) -> str:
+        head = ("", "E r", "KL(q||pi0)", "KL(q||p*)", "KL(p*||q)", "unique", "samples", "seconds")
+        rows = [head, *[_row(result) for result in self.results]]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        truth = "exact, by listing all completions" if self.exact else "95% intervals"
+        return "\n".join([f"beta {self.beta:g}, at equal budget of {self.budget}; nats, {truth}", *lines])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        results = [result.as_dict() for result in self.results]
+        return {"beta": self.beta, "budget": self.budget, "exact": self.exact, "results": results}
+
+
+def compare(
+    target: Target,
+    prompts: Prompts | Sequence[Any],
+    contenders: Mapping[str, Contender],
+    *,
+    samples: int | None = 4096,
+    seconds: float | None = None,
+    settings: Training | None = None,
+    lora: LoRA | None = LoRA(),
+    evaluation: int = 64,
+    exact_budget: int = 256,
+    progress: Callable[[str], Monitor] | None = None,
+) -> Comparison:
+    """Let every contender spend the same, and judge all of them alike.
+
+    Args:
+        samples: completions that each may draw, in training and in decoding.
+        seconds: instead: seconds that each may train (decoding engines then draw `evaluation` a prompt).
+        settings: of the training; its `steps` follow from the budget.
+        evaluation: draws of a prompt for the certificate; they do not count.
+        exact_budget: prior draws of a prompt in search of exact samples.
+        progress: makes the monitor of a contender's training from its name.
+
+    Raises:
+        InputError: for a budget that does not pay for a single step.
+    """
+    if (samples is None) == (seconds is None):
+        raise InputError("give the budget either as samples or as seconds")
+    encoded = target.prior.encode(prompts)
+    settings = settings or Training()
+    judge = _Judge(target, encoded, evaluation, exact_budget, settings.seed)
+    results = []
+    for name, contender in contenders.items():
+        spending = _Spending(samples, seconds, replace(settings, **contender.settings), lora)
+        monitor = progress(name) if progress is not None else Monitor(quiet=True)
+        results.append(_run(name, contender, judge, spending, monitor))
+    budget = f"{samples:,} samples" if samples is not None else f"{seconds:g} seconds of training"
+    return Comparison(tuple(results), budget, target.beta, judge.exact is not None)
+
+
+@dataclass(frozen=True)
+class _Spending:
+    samples: int | None
+    seconds: float | None
+    settings: Training
+    lora: LoRA | None
+
+    def training(self, name: str, engine: Any, source: Source, prompts: int) -> Training:
+        batch = min(self.settings.batch, prompts)
+        if self.seconds is not None:
+            return replace(self.settings, seconds=self.seconds, steps=max(self.settings.steps, 1_000_000))
+        assert self.samples is not None
+        if isinstance(source, Pool):
+            return self.settings
+        steps = self.samples // (batch * draws_a_step(engine, source))
+        if steps < 1:
+            raise InputError(
+                f"samples is {self.samples}, which does not pay for one step of {name} ({batch} prompts of "
+                f"{draws_a_step(engine, source)}); raise samples"
+            )
+        return replace(self.settings, steps=steps)
+
+
+def draws_a_step(engine: Any, source: Source) -> int:
+    """Completions of a prompt that a step draws anew."""
+    if isinstance(source, OnPolicy | FromPrior | Replay):
+        return engine.group
+    if isinstance(source, Decoded):
+        return budget_of(source.engine)
+    raise InputError(f"source {type(source).__name__} draws nothing, so it cannot be compared by samples; give seconds")
+
+
+def budget_of(engine: DecodingEngine) -> int:
+    """Completions of a prompt that a decoding engine may draw."""
+    return int(next((getattr(engine, name) for name in BUDGETS if hasattr(engine, name)), 1))
+
+
+def with_budget(engine: Any, draws: int) -> Any:
+    """A decoding engine that may draw `draws` completions of a prompt."""
+    name = next((name for name in BUDGETS if hasattr(engine, name)), None)
+    return engine if name is None else replace(engine, **{name: max(1, draws)})
+
+
+def _run(name: str, contender: Contender, judge: _Judge, spending: _Spending, monitor: Monitor) -> Result:
+    target, prompts = judge.target, judge.prompts
+    if contender.engine is None:
+        return judge.of_sampler(name, target.prior)
+    began = time.perf_counter()
+    if not hasattr(contender.engine, "loss"):
+        return judge.of_decoder(name, _paid(contender.engine, spending, len(prompts)), None)
+    source = contender.source or default_source(contender.engine.claim)
+    settings = spending.training(name, contender.engine, source, len(prompts))
+    counted = _Counted(source)
+    policy = fit(
+        target, prompts, contender.engine, source=counted, lora=spending.lora, settings=settings, monitor=monitor
+    )
+    seconds = time.perf_counter() - began
+    if contender.then is None:
+        result = judge.of_sampler(name, policy)
+    else:
+        result = judge.of_decoder(name, contender.then, policy)
+    policy.discard()
+    steps = counted.batches[0]
+    return replace(result, samples=result.samples + counted.drawn[0], seconds=result.seconds + seconds, steps=steps)
+
+
+def _paid(engine: Any, spending: _Spending, prompts: int) -> Any:
+    return engine if spending.samples is None else with_budget(engine, min(spending.samples // prompts, 4096))
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A source that counts what it draws."""
+
+    source: Source
+    drawn: list[int] = field(default_factory=lambda: [0])
+    batches: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def origin(self) -> Any:
+        return self.source.origin
+
+    def open(self, target: Target, policy: Any, prompts: Prompts, seed: int) -> Any:
+        stream, inner = self.source.open(target, policy, prompts, seed), self
+
+        class Counting:
+            memory, remember = stream.memory, stream.remember
+
+            def batch(self, index: Sequence[int], group: int, rng: Generator) -> Any:
+                found = stream.batch(index, group, rng)
+                inner.drawn[0] += found.drawn
+                inner.batches[0] += 1
+                return found
+
+        return Counting()
+
+
+@dataclass
+class _Judge:
+    """Judges samplers and decoding engines against one target, on the same exact samples."""
+
+    target: Target
+    prompts: Prompts
+    evaluation: int
+    exact_budget: int
+    seed: int
+    exact: tuple[ex.Exact, ...] | None = field(init=False, default=None)
+    posterior: Scored | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        try:
+            self.exact = tuple(ex.posterior(self.target, self.prompts, p, LISTED) for p in range(len(self.prompts)))
+        except (InputError, AttributeError):  # too many completions, or no model behind the sampler
+            rng = generator(self.seed, "compare")
+            self.posterior, _ = exact_samples(self.target, self.prompts, None, self.exact_budget, rng)
+
+    def of_sampler(self, name: str, sampler: Sampler) -> Result:
+        certificate = certify(
+            sampler,
+            self.target,
+            self.prompts,
+            samples=self.evaluation,
+            exact_budget=0 if self.exact is not None else self.exact_budget,
+            seed=self.seed,
+        )
+        if self.exact is not None:
+            return self._listed(name, sampler, certificate)
+        return Result(
+            name,
+            certificate.reward,
+            certificate.kl_prior,
+            certificate.kl_posterior,
+            self._from_posterior(sampler, certificate),
+            certificate.diversity,
+            samples=0,
+            steps=0,
+            seconds=0.0,
+        )
+
+    def _listed(self, name: str, sampler: Sampler, certificate: Certificate) -> Result:
+        assert self.exact is not None
+        laws = [(e, e.log_prob(sampler)) for e in self.exact]
+        count = len(laws)
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / count
+
+        to, back = (
+            mean([ex.kl(q, e.log_posterior) for e, q in laws]),
+            mean([ex.kl(e.log_posterior, q) for e, q in laws]),
+        )
+        return Result(
+            name,
+            Estimate(mean([e.mean_reward(q) for e, q in laws]), 0.0, 0),
+            Estimate(mean([ex.kl(q, e.log_prior) for e, q in laws]), 0.0, 0),
+            Interval(to, to, to),
+            Interval(back, back, back),
+            certificate.diversity,
+            samples=0,
+            steps=0,
+            seconds=0.0,
+        )
+
+    def of_decoder(self, name: str, engine: Any, proposal: Sampler | None) -> Result:
+        began = time.perf_counter()
+        weighted: Weighted = engine.sample(
+            self.target, self.prompts, proposal=proposal, rng=generator(self.seed, "compare", 1)
+        )
+        seconds = time.perf_counter() - began
+        index, count = weighted.scored.draws.prompt_index, len(self.prompts)
+        share = normalise(weighted.log_w.double(), index, count)
+        value = self.target.beta * weighted.scored.log_evidence.double()
+        reward = group_sum(share * value, index, count)
+        served = group_sum(share, index, count) > 0
+        squares = group_sum((share * (value - reward[index])) ** 2, index, count)[served]
+        many = max(1, int(served.sum()))
+        kept = weighted.kept().scored.draws
+        return Result(
+            name,
+            Estimate(float(reward[served].mean()), float(squares.sum().sqrt()) / many, many),
+            kl_prior=None,
+            to_posterior=self._decoded_bound(engine, weighted),
+            from_posterior=None,
+            diversity=diversity(kept) if len(kept) else None,
+            samples=len(weighted.scored) + weighted.scored.dropped,
+            steps=0,
+            seconds=seconds,
+        )
+
+    def _decoded_bound(self, engine: Any, weighted: Weighted) -> Interval | None:
+        """KL of what a decoding engine returns from p*: at most log Z - E log Zhat, by the data-processing inequality."""
+        if engine.claim.fixed_point != "p*":
+            return None
+        if engine.claim.bias == "none":
+            return Interval(0.0, 0.0, 0.0)
+        if weighted.log_z is None or self.exact is None:
+            return None
+        gaps = [e.log_z - z.value for e, z in zip(self.exact, weighted.log_z, strict=True)]
+        bound = max(0.0, sum(gaps) / len(gaps))
+        return Interval(math.nan, 0.0, bound)
+
+    def _from_posterior(self, sampler: Sampler, certificate: Certificate) -> Interval | None:
+        """KL(p* || q) = E_p*[log w] - log Z, from the exact samples; by the certificate's bounds of log Z."""
+        if self.posterior is None or certificate.log_z_upper is None or len(self.posterior) < 2:
+            return None
+        log_w = (self.posterior.log_target - sampler.log_prob(self.posterior.draws).sum(-1)).double()
+        index = self.posterior.draws.prompt_index
+        means = torch.stack([log_w[index == p].mean() for p in index.unique()])
+        if len(means) < len(self.prompts):
+            return None
+        spread = float(log_w.std()) / math.sqrt(len(log_w))
+        value, low, high = float(means.mean()), certificate.log_z_lower.value, certificate.log_z_upper.value
+        return Interval(
+            max(0.0, value - (low + high) / 2),
+            max(0.0, value - high - Z95 * spread),
+            max(0.0, value - low + Z95 * spread),
+        )
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    def number(value: Estimate | None) -> str:
+        return "–" if value is None else f"{value.value:.3f}"
+
+    def interval(value: Interval | None) -> str:
+        if value is None:
+            return "–"
+        if value.low == value.high:
+            return f"{value.low:.3f}"
+        high = "∞" if math.isinf(value.high) else f"{value.high:.3f}"
+        return f"≤ {high}" if math.isnan(value.value) else f"{value.value:.3f} [{value.low:.3f}, {high}]"
+
+    unique = "–" if result.diversity is None else f"{result.diversity.unique:.0%}"
+    cells = (
+        number(result.reward),
+        number(result.kl_prior),
+        interval(result.to_posterior),
+        interval(result.from_posterior),
+    )
+    return (result.name, *cells, unique, f"{result.samples:,}", f"{result.seconds:.1f}")

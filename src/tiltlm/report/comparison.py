@@ -1,0 +1,94 @@
+"""`compare.html`: a comparison as one picture and one table, in a file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from tiltlm.errors import InputError
+from tiltlm.report.figures import canvas
+from tiltlm.report.folder import Json, finite
+from tiltlm.report.html import embed, page
+from tiltlm.report.palette import LIGHT
+from tiltlm.report.words import show
+
+ROW = 34
+"""Pixels of a contender in the picture."""
+
+
+def write_comparison(comparisons: Sequence[Json], path: Path) -> Path:
+    """Write the page.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    rows = [(c, embed(distance_figure(c)), _rows(c)) for c in comparisons]
+    text = page("comparison.html.j2", comparisons=rows)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
+    return path
+
+
+def distance_figure(comparison: Json) -> go.Figure:
+    """KL(q || p*) of each contender as a dot with its interval; the nearest to the posterior on top."""
+    known = [r for r in comparison["results"] if _middle(r) is not None]
+    known.sort(key=lambda r: _middle(r) or 0.0, reverse=True)
+    figure = canvas(90 + ROW * len(known), "KL(q‖p*), nats: distance from the posterior")
+    for result in known:
+        value, interval = _middle(result), result["to_posterior"]
+        low, high = finite(interval["low"]) or 0.0, finite(interval["high"])
+        bound = finite(interval["value"]) is None
+        colour = LIGHT["posterior"] if result["steps"] == 0 else LIGHT["policy"]
+        figure.add_scatter(
+            x=[value],
+            y=[result["name"]],
+            mode="markers",
+            marker={"color": colour, "size": 11, "symbol": "line-ns-open" if bound else "circle"},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [(high - value) if high is not None else 0.0],
+                "arrayminus": [value - low],
+                "color": colour,
+                "thickness": 2,
+                "width": 0,
+            },
+            hovertemplate=f"{result['name']}: {_interval(interval)}<br>E r {show(result['reward']['value'])}<extra></extra>",
+        )
+    figure.update_xaxes(rangemode="tozero")
+    return figure
+
+
+def _middle(result: Json) -> float | None:
+    interval = result["to_posterior"]
+    if interval is None:
+        return None
+    value = finite(interval["value"])
+    return value if value is not None else finite(interval["high"])
+
+
+def _interval(interval: Json | None) -> str:
+    if interval is None:
+        return "–"
+    low, high, value = (finite(interval[name]) for name in ("low", "high", "value"))
+    if value is None:
+        return f"≤ {show(high)}"
+    if low == high:
+        return show(value)
+    return f"{show(value)} [{show(low)}, {show(high) if high is not None else '∞'}]"
+
+
+def _rows(comparison: Json) -> list[tuple[str, ...]]:
+    rows = []
+    for r in comparison["results"]:
+        kl = r["kl_prior"]["value"] if r["kl_prior"] else None
+        unique = r["diversity"]["unique"] if r["diversity"] else math.nan
+        cells = (show(r["reward"]["value"]), show(kl), _interval(r["to_posterior"]), _interval(r["from_posterior"]))
+        share = "–" if math.isnan(unique) else f"{unique:.0%}"
+        rows.append((r["name"], *cells, share, f"{r['samples']:,}", f"{r['seconds']:.1f}"))
+    return rows

@@ -1,0 +1,89 @@
+"""`tiltlm compare`: contenders by name, their comparison, and what is written of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiltlm.errors import InputError
+from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.compare import Comparison, Contender, compare, with_budget
+from tiltlm.inference.monitor import Monitor
+from tiltlm.inference.source import Decoded, Replay
+from tiltlm.report.comparison import write_comparison
+from tiltlm.workflow.files import require_writable_folder, write_json
+from tiltlm.workflow.run import Run
+
+TEACHER = "best-of-n"
+"""Whose samples an engine learns from that learns from given completions."""
+
+
+def contenders_of(names: str, group: int) -> dict[str, Contender]:
+    """Contenders from a list such as "prior,smc,rloo,var-grad+replay,rloo/smc,sft".
+
+    A name is an engine's. `+replay` lets a training engine reuse earlier draws, `/decoder` decodes with the trained policy as the
+    proposal, and an engine that learns from given completions gets the best of n of the prior.
+
+    Raises:
+        InputError: for an engine that is not there.
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise InputError("engines is empty; name some, for example rloo,var-grad+replay,best-of-n")
+    return {name: _contender(name, group) for name in found}
+
+
+def _contender(name: str, group: int) -> Contender:
+    if name == "prior":
+        return Contender()
+    trained, decodes, decoder = name.partition("/")
+    base, plus, habit = trained.partition("+")
+    if plus and habit != "replay":
+        raise InputError(f"engine is {name!r}; after the plus only 'replay' is known")
+    then = with_budget(make_engine(decoding_engines(), decoder, {}), group) if decodes else None
+    trainers, decoders = training_engines(), decoding_engines()
+    if base in decoders and not decodes and not plus:
+        return Contender(decoders[base])
+    engine = make_engine({**decoders, **trainers} if base not in trainers else trainers, base, {})
+    if hasattr(engine, "group"):
+        engine = replace(engine, group=group)
+    source: Any = Replay(old=group, capacity=8 * group) if plus else None
+    if source is None and engine.claim.data == "given":
+        source = Decoded(with_budget(decoders[TEACHER], group))
+    return Contender(engine, source, then=then)
+
+
+def contest(
+    run: Run, engines: str, samples: int | None, seconds: float | None, console: Any = None
+) -> tuple[Comparison, ...]:
+    """Compare engines on a recipe's target, at equal samples and, if asked for, at equal seconds.
+
+    Writes `compare.json` and `compare.html` into the recipe's folder.
+    """
+    contenders = contenders_of(engines, run.recipe.group)
+    run.check()
+    require_writable_folder(run.recipe.folder)
+    target = run.target(run.chosen_beta())
+    budgets: Sequence[Mapping[str, Any]] = [
+        *([{"samples": samples, "seconds": None}] if samples is not None else []),
+        *([{"samples": None, "seconds": seconds}] if seconds is not None else []),
+    ]
+    found = tuple(
+        compare(
+            target,
+            run.prompts,
+            contenders,
+            settings=run.training_settings(),
+            lora=run.lora(),
+            evaluation=run.recipe.samples,
+            exact_budget=run.recipe.exact_budget,
+            progress=lambda name: Monitor(console=console, what=name),
+            **budget,
+        )
+        for budget in budgets
+    )
+    write_json(run.recipe.folder / "compare.json", {"comparisons": [c.as_dict() for c in found]})
+    write_comparison([c.as_dict() for c in found], Path(run.recipe.folder) / "compare.html")
+    return found
