@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from tiltlm.errors import InputError
 from tiltlm.records import Draws, Scored
 
 if TYPE_CHECKING:
@@ -56,7 +58,25 @@ class Target:
 
 
 def require_finite(scored: Scored) -> Scored:
-    """Pass `scored` through, or raise if any log-weight is NaN."""
-    if torch.isnan(scored.log_weight).any():
+    """Pass `scored` through, or raise if a log-probability is NaN. The evidence may be: of given completions it is not known."""
+    if torch.isnan(scored.log_prior.sum(-1) - scored.draws.log_prob).any():
         raise FloatingPointError("a log-weight is NaN: the model returned NaN logits; try dtype=float32")
     return scored
+
+
+def require_trainable(gradient_norm: float, scored: Scored) -> None:
+    """Raise if the evidence is why a step has no gradient: it is unknown (NaN) or a hard constraint's -inf.
+
+    Losses that do not ask for it, or that leave impossible completions out, have one.
+    """
+    if torch.isnan(scored.log_evidence).any() and not 0 < gradient_norm < math.inf:
+        raise InputError(
+            "the given completions have no rewards, and this engine learns from them; give them, source=Given(target.score(draws)), "
+            "or take an engine that does without: SFT, or DPO on pairs"
+        )
+    impossible = scored.log_evidence == -torch.inf
+    if impossible.any() and not math.isfinite(gradient_norm):
+        raise InputError(
+            f"training with this engine needs finite evidence, and {impossible.double().mean():.0%} of this step's completions "
+            f"have -inf; soften the constraint, Constraint(fn, penalty=5.0), or train on samples that satisfy it"
+        )

@@ -17,46 +17,27 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
+from tiltlm.diagnostics.evidence_bounds import (
+    Z95,
+    Bounds,
+    LogZBounds,
+    log_z_bounds,
+    mean_stderr,
+    prompt_bounds,
+    upper_terms,
+    with_log_z,
+)
 from tiltlm.errors import InputError
-from tiltlm.inference.decoding.rejection import Rejection
+from tiltlm.inference.decoding.rejection import Rejection, has_upper_bound
+from tiltlm.inference.decoding.smc import SMC
 from tiltlm.protocols import Sampler
 from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 from tiltlm.weights import group_count, pareto_k
 
-Z95 = 1.959964
-"""Standard normal quantile of a 95% interval."""
 ENOUGH = 2
 """Exact samples of a prompt that are enough: with one, the upper bound's error cannot be told."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """One prompt: what the draws say of log Z and KL(q || p*).
-
-    Attributes:
-        elbo: mean log-weight of q's draws.
-        low, high: bounds of KL(q || p*) in expectation; high is inf without exact samples.
-        low_stderr, high_stderr: their standard errors.
-        ess: effective sample size of q's draws as posterior samples.
-        exact: exact posterior samples behind `high`.
-    """
-
-    elbo: Estimate
-    low: float
-    low_stderr: float
-    high: float
-    high_stderr: float
-    ess: float
-    exact: int
-
-    @property
-    def interval(self) -> Interval:
-        """KL(q || p*) at 95%."""
-        high = self.high + Z95 * self.high_stderr
-        value = (self.low + self.high) / 2 if math.isfinite(self.high) else self.low
-        return Interval(max(0.0, value), max(0.0, self.low - Z95 * self.low_stderr), high)
 
 
 @dataclass(frozen=True)
@@ -161,6 +142,7 @@ def certify(
     samples: int = 64,
     prior_draws: Scored | None = None,
     exact_budget: int = 128,
+    engine: SMC | None = None,
     seed: int = 0,
 ) -> Certificate:
     """Certify any sampler against a target.
@@ -171,6 +153,9 @@ def certify(
         prior_draws: draws of the prior for the same prompts that are there already (those of `plan`), at any beta; the ones
             that rejection accepts are exact posterior samples for nothing.
         exact_budget: most further prior draws for each prompt that has fewer than two exact samples.
+        engine: bounds log Z by its runs instead of by the sampler's draws: `engine.repeats` free ones a prompt (at least 2), and
+            as many given an exact sample. It pays where the sampler is far from the posterior and the engine has a twist. The
+            engine draws from the sampler.
 
     Raises:
         InputError: if no completion has a usable reward.
@@ -185,7 +170,10 @@ def certify(
     log_w_exact = None
     if exact is not None and len(exact):
         log_w_exact = exact.log_target - sampler.log_prob(exact.draws).sum(-1)
-    return _assemble(target, encoded, scored, exact, log_w_exact, kl_prior, samples, notes)
+    by_engine = None
+    if engine is not None:
+        by_engine = log_z_bounds(target, encoded, engine, exact, rng, proposal=sampler)
+    return _assemble(target, encoded, scored, exact, log_w_exact, kl_prior, samples, notes, by_engine)
 
 
 def exact_samples(
@@ -196,7 +184,7 @@ def exact_samples(
     Returns:
         The samples (None if the reward has no bounds), and sentences on what is missing.
     """
-    if target.evidence.log_bounds is None:
+    if not has_upper_bound(target):
         return None, [
             "no upper bound: the reward has no declared bounds, so no exact posterior sample can be had; declare them, "
             "Reward(fn, bounds=(low, high))."
@@ -246,45 +234,6 @@ def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, 
     return (scored.draws.log_q - scored.log_prior).double().sum(-1)
 
 
-def prompt_bounds(
-    log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], pooled_variance: float | None
-) -> Bounds:
-    """Bounds of KL(q || p*) for one prompt.
-
-    Lower: log mean w - mean log w over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
-    sample, averaged over the M of them. Standard errors by the influence of a single draw, w / mean(w) - log w.
-
-    Args:
-        log_w: log-weights of q's draws.
-        log_w_exact: log-weights of exact posterior samples; may be empty.
-        pooled_variance: of the upper bound's terms between exact samples, used where M = 1; without it a single exact sample
-            has no error to go by, and there is no upper side.
-    """
-    n, m = len(log_w), len(log_w_exact)
-    peak = torch.cat([log_w, log_w_exact]).max()
-    w = (log_w - peak).exp()
-    mean_log = float(log_w.mean())
-    elbo = Estimate(mean_log, float(log_w.std()) / math.sqrt(n), n)
-    log_mean = float(w.mean().log() + peak)
-    influence = w / w.mean() - log_w
-    stderr = float(influence.std()) / math.sqrt(n)
-    high, high_stderr = math.inf, math.nan
-    if m > 1 or (m == 1 and pooled_variance is not None):
-        terms = upper_terms(log_w, log_w_exact)
-        variance = float(terms.var()) if m > 1 else float(pooled_variance or 0.0)
-        high = float(terms.mean()) - mean_log
-        high_stderr = math.sqrt(stderr**2 + variance / m)
-    ess = float(w.sum().square() / w.square().sum())
-    return Bounds(elbo, log_mean - mean_log, stderr, high, high_stderr, ess, m)
-
-
-def upper_terms(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """log of the mean weight of one exact sample and N - 1 draws of q; each bounds log Z from above in expectation."""
-    n = len(log_w)
-    others = log_w.logsumexp(0) + math.log((n - 1) / n)
-    return torch.logaddexp(log_w_exact, others) - math.log(n)
-
-
 def _assemble(
     target: Target,
     prompts: Prompts,
@@ -294,6 +243,7 @@ def _assemble(
     kl_prior: Tensor,
     samples: int,
     notes: list[str],
+    by_engine: LogZBounds | None,
 ) -> Certificate:
     index, log_w = scored.draws.prompt_index, scored.log_weight.double()
     reward = target.beta * scored.log_evidence.double()
@@ -304,6 +254,8 @@ def _assemble(
     spreads = [float(upper_terms(a, b).var()) for a, b in zip(groups, exact_groups, strict=True) if len(b) > 1]
     pooled = sum(spreads) / len(spreads) if spreads else None
     bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
+    if by_engine is not None:
+        bounds = [with_log_z(b, *sides) for b, *sides in zip(bounds, by_engine.lower, by_engine.upper, strict=True)]
     texts = [t if isinstance(t, str) else str(t[-1]["content"]) for t in prompts.texts]
     per_prompt = tuple(
         PromptCertificate(texts[p], float(reward[index == p].mean()), float(kl_prior[index == p].mean()), bounds[p])
@@ -311,14 +263,14 @@ def _assemble(
     )
     elbo = _mean([b.elbo.value for b in bounds], [b.elbo.stderr for b in bounds], samples)
     low = _mean([b.low for b in bounds], [b.low_stderr for b in bounds], samples)
-    complete = all(math.isfinite(b.high) for b in bounds)
+    complete = all(math.isfinite(b.log_z_high) for b in bounds)
     if exact is not None and not complete and not notes:
         notes = ["no upper bound: one exact posterior sample in all has no error to go by; raise exact_budget."]
     high = _mean([b.high for b in bounds], [b.high_stderr for b in bounds], samples) if complete else None
     interval = Interval(
         value=max(0.0, (low.value + high.value) / 2 if high else low.value),
-        low=max(0.0, low.value - Z95 * low.stderr),
-        high=high.value + Z95 * high.stderr if high else math.inf,
+        low=_end(low.value, -Z95 * low.stderr),
+        high=_end(high.value, Z95 * high.stderr) if high else math.inf,
     )
     return Certificate(
         beta=target.beta,
@@ -326,8 +278,8 @@ def _assemble(
         reward=_group_estimate(reward, index, len(prompts), samples),
         kl_prior=_group_estimate(kl_prior, index, len(prompts), samples),
         elbo=elbo,
-        log_z_lower=_log_z(elbo, low, "lower"),
-        log_z_upper=_log_z(elbo, high, "upper") if high else None,
+        log_z_lower=by_engine.mean_lower if by_engine else _log_z([b.log_z_low for b in bounds], elbo, low, "lower"),
+        log_z_upper=_upper(by_engine, bounds, elbo, high),
         kl_posterior=interval,
         ess=sum(b.ess for b in bounds) / len(bounds),
         pareto_k=float(torch.tensor([pareto_k(g) for g in groups]).nanmedian()),
@@ -345,18 +297,35 @@ def _mean(values: list[float], stderrs: list[float], samples: int) -> Estimate:
     return Estimate(sum(values) / count, math.sqrt(sum(s * s for s in stderrs)) / count, samples * count)
 
 
-def _log_z(elbo: Estimate, gap: Estimate, kind: Any) -> Estimate:
-    return Estimate(elbo.value + gap.value, math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
+def _end(kl: float, margin: float) -> float:
+    """The end of a KL's interval: not negative, and an infinite KL has no error."""
+    return math.inf if kl == math.inf else max(0.0, kl + margin)
+
+
+def _log_z(values: list[float], elbo: Estimate, gap: Estimate, kind: Any) -> Estimate:
+    return Estimate(sum(values) / len(values), math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
+
+
+def _upper(by_engine: LogZBounds | None, bounds: list[Bounds], elbo: Estimate, high: Estimate | None) -> Estimate | None:
+    if by_engine is not None:
+        return by_engine.mean_upper
+    return _log_z([b.log_z_high for b in bounds], elbo, high, "upper") if high else None
 
 
 def _group_estimate(values: Float[Tensor, " B"], index: Tensor, prompts: int, samples: int) -> Estimate:
     groups = [values[index == p] for p in range(prompts)]
-    return _mean([float(g.mean()) for g in groups], [float(g.std()) / math.sqrt(len(g)) for g in groups], samples)
+    return _mean([float(g.mean()) for g in groups], [mean_stderr(g) for g in groups], samples)
 
 
 def _cautions(scored: Scored) -> list[str]:
     draws: Draws = scored.draws
     notes = []
+    outside = float((scored.log_evidence == -torch.inf).double().mean())
+    if outside:
+        notes.append(
+            f"The sampler puts {outside:.1%} of its draws where the posterior has none: KL(q||p*) is infinite. Correct it with a "
+            f"decoding engine (the ESS is that of the draws inside), or give the constraint a penalty."
+        )
     cut = float((~draws.ended).double().mean())
     if cut > 0.5:
         notes.append(

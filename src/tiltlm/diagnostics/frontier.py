@@ -89,18 +89,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class PriorSample:
-    """Prior rewards by prompt, and what their tilts predict."""
+    """Prior rewards by prompt, and what their tilts predict.
+
+    Attributes:
+        rewards: of the prompts whose draws tell something: with hard constraints, those with at least two draws inside.
+        left_out: the number of the others.
+    """
 
     rewards: tuple[Float[Tensor, " n"], ...]
     names: tuple[str, ...]
+    left_out: int = 0
 
     @classmethod
     def of(cls, scored: Scored, beta: float) -> PriorSample:
         index, reward = scored.draws.prompt_index, beta * scored.log_evidence.double()
         texts = scored.draws.prompts.texts
-        used = [p for p in range(len(texts)) if (index == p).any()]
+        drawn = [p for p in range(len(texts)) if (index == p).any()]
+        used = [p for p in drawn if enough_possible(reward[index == p])]
         names = [t if isinstance(t, str) else str(t[-1]["content"]) for t in texts]
-        return cls(tuple(reward[index == p] for p in used), tuple(names[p] for p in used))
+        return cls(tuple(reward[index == p] for p in used), tuple(names[p] for p in used), len(drawn) - len(used))
+
+    @property
+    def spread(self) -> float:
+        """Mean over prompts of the standard deviation of the possible rewards."""
+        return max(float(torch.stack([r[r.isfinite()].std() for r in self.rewards]).mean()), 1e-6)
 
     @property
     def n(self) -> int:
@@ -144,6 +156,12 @@ class PriorSample:
         return points
 
 
+def enough_possible(reward: Float[Tensor, " n"]) -> bool:
+    """Whether the rewards that are not -inf suffice for a prediction: all, or two, so that each can be left out in turn."""
+    possible = int((reward > -torch.inf).sum())
+    return possible == len(reward) or possible >= 2
+
+
 def _over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
     """95% interval of a mean, for prompts like these: Student's t over prompts, whose estimates carry their own noise.
 
@@ -151,6 +169,8 @@ def _over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
     bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With a
     single prompt, by its own standard error.
     """
+    if any(value == -math.inf for value, _ in estimates):
+        return Interval(-math.inf, -math.inf, -math.inf)  # impossible draws: for certain
     if len(estimates) == 1:
         return _own_interval(*estimates[0], n)
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
@@ -178,7 +198,7 @@ def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
     upto = share.cumsum(0).clamp(max=1.0)
     mass = upto**n - (upto - share).clamp(min=0) ** n
     kl = torch.where(mass > 0, mass * (mass / share).log(), 0.0).sum()
-    return float((mass * values).sum()), float(kl)
+    return float(torch.where(mass > 0, mass * values, 0.0).sum()), float(kl)
 
 
 def plan(
@@ -211,6 +231,11 @@ def plan(
     if not len(scored):
         raise InputError("no completion has a reward: all were dropped; look at the reward function")
     sample = PriorSample.of(scored, target.beta)
+    if not sample.rewards:
+        raise InputError(
+            f"samples: of {len(scored)} prior draws {int((scored.log_evidence > -torch.inf).sum())} satisfy the hard constraints, "
+            f"for no prompt two of them; draw more samples, or soften the constraint, Constraint(fn, penalty=...)"
+        )
     notes = _warnings(scored, sample)
     frontier = sample.points(_grid(sample, target.beta if beta is None else beta))
     if kl_budget is not None:
@@ -236,14 +261,14 @@ def plan(
 
 def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
     """Temperatures from hardly any tilt to hardly any draw left, even in log beta; `beta` is inside."""
-    spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
+    spread = sample.spread
     low, high = min(spread / 6, beta / 2), max(spread * 10, beta * 2)
     return torch.logspace(math.log10(high), math.log10(low), GRID, dtype=torch.float64)
 
 
 def _solve(sample: PriorSample, goal: float, field: Literal["reward", "kl"], name: str, unit: str) -> float:
     """The beta at which the mean over prompts of `field` is `goal`; it falls as beta grows."""
-    spread = max(float(torch.stack([r.std() for r in sample.rewards]).mean()), 1e-6)
+    spread = sample.spread
     betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
     values = sample.unbiased(betas, field).mean(0)
     if not float(values[0]) <= goal <= float(values[-1]):
@@ -282,6 +307,16 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
 def _warnings(scored: Scored, sample: PriorSample) -> list[str]:
     notes = []
     draws = scored.draws
+    outside = float((scored.log_evidence == -torch.inf).double().mean())
+    if outside:
+        notes.append(
+            f"{outside:.1%} of the prior's draws violate a hard constraint: E r of the prior is -inf, and the frontier is that of "
+            f"the draws inside."
+        )
+    if sample.left_out:
+        notes.append(
+            f"{sample.left_out} prompts had fewer than two draws inside and are left out of all this; draw more samples."
+        )
     cut = float((~draws.ended).double().mean())
     if cut > 0.5 and len(draws):
         cap = int(draws.lengths.max())

@@ -26,7 +26,7 @@ class Tilted:
 def tilt(
     reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], counts: Float[Tensor, "... N"] | None = None
 ) -> Tilted:
-    """Tilt one prompt's prior sample to each temperature.
+    """Tilt one prompt's prior sample to each temperature. Rewards of -inf are impossible at any; some must be finite.
 
     Args:
         counts: how often each draw counts; ones by default. Rows of counts are other samples of the same draws.
@@ -36,7 +36,8 @@ def tilt(
     scaled = reward[:, None] / betas
     peak = scaled.amax(0)
     w = (scaled - peak).exp()
-    s0, s1, s2 = counts @ w, counts @ (w * reward[:, None]), counts @ w.square()
+    weighed = torch.where(w > 0, w * reward[:, None], 0.0)  # a reward of -inf has no weight
+    s0, s1, s2 = counts @ w, counts @ weighed, counts @ w.square()
     return _moments(s0, s1, s2, counts.sum(-1)[..., None], peak, betas)
 
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from tiltlm.errors import InputError
 from tiltlm.records import Draws, Likelihood
 
 
 class Algebra:
-    """Operators for evidence. `a + b`, `a - b`, `2 * a`, `-a`; `prior * a` is a target."""
+    """Operators for evidence. `a + b`, `a - b`, `2 * a`, `-a`; `prior * a` is a target, and so is `prior * a * b`.
+
+    Attributes:
+        tempered: whether the temperature changes this evidence. A hard constraint's 0 or -inf is the same at any.
+    """
+
+    @property
+    def tempered(self) -> bool:
+        return True
 
     def __add__(self, other: Any) -> Sum:
         return Sum((self, other))
@@ -43,11 +54,25 @@ class Scaled(Algebra):
     def log_bounds(self) -> tuple[float, float] | None:
         if self.inner.log_bounds is None:
             return None
-        ends = [self.factor * end for end in self.inner.log_bounds]
+        ends = [self.factor * end if self.factor else 0.0 for end in self.inner.log_bounds]
         return min(ends), max(ends)
 
+    @property
+    def tempered(self) -> bool:
+        return tempered(self.inner)
+
     def log_likelihood(self, draws: Draws) -> Likelihood:
+        """The inner log-likelihood times the factor.
+
+        Raises:
+            InputError: if the inner one is -inf and the factor is not positive: what is impossible cannot be made likely.
+        """
         inner = self.inner.log_likelihood(draws)
+        if self.factor <= 0 and (inner.log == -torch.inf).any():
+            raise InputError(
+                f"evidence {self.inner.identity!r} is -inf for some completion and cannot be multiplied by {self.factor:g}; "
+                f"subtract no hard constraint: give the opposite one, or Constraint(fn, penalty=...)"
+            )
         return Likelihood(self.factor * inner.log, inner.rewards, inner.kept)
 
     @property
@@ -63,6 +88,12 @@ class Scaled(Algebra):
 class Sum(Algebra):
     """Evidence from several sources: likelihoods multiply, so their logarithms add.
 
+    Each term keeps its own temperature: `prior * Reward(a, beta=0.1) * Reward(b, beta=0.5)` is the prior times
+    exp(a / 0.1 + b / 0.5), a product of experts. Where all tempered terms share a temperature, it is the sum's, and
+    `at(beta)` moves them all. Where they differ the sum is a reward in nats at temperature 1, and `at(beta)` divides the whole
+    of it: exp((a / 0.1 + b / 0.5) / beta). Hard constraints have no part in either. Parts are logged by their names, in their
+    own units; a name that is there already gets a prime.
+
     Attributes:
         temperature: divides the sum of terms whose own temperatures differ; their reward is then in nats.
     """
@@ -76,8 +107,12 @@ class Sum(Algebra):
         return self._common or self.temperature
 
     @property
+    def tempered(self) -> bool:
+        return any(tempered(term) for term in self.terms)
+
+    @property
     def _common(self) -> float | None:
-        betas = {term.beta for term in self.terms}
+        betas = {term.beta for term in self.terms if tempered(term) or not self.tempered}
         return betas.pop() if len(betas) == 1 else None
 
     @property
@@ -113,3 +148,8 @@ class Sum(Algebra):
         if self._common:
             return Sum(tuple(term.at(beta) for term in self.terms))
         return Sum(self.terms, beta)
+
+
+def tempered(evidence: Any) -> bool:
+    """Whether the temperature changes this evidence, which may be anybody's; see `Algebra`."""
+    return getattr(evidence, "tempered", True)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Generator
 
-from tiltlm.diagnostics.certificate import Z95, Certificate, certify, exact_samples
+from tiltlm.diagnostics.certificate import Z95, Certificate, certify
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
 from tiltlm.errors import InputError
+from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.inference.fit import Training, fit
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, FromPrior, OnPolicy, Pool, Replay, Source, default_source
@@ -265,8 +266,9 @@ class _Judge:
         try:
             self.exact = tuple(ex.posterior(self.target, self.prompts, p, LISTED) for p in range(len(self.prompts)))
         except (InputError, AttributeError):  # too many completions, or no model behind the sampler
-            rng = generator(self.seed, "compare")
-            self.posterior, _ = exact_samples(self.target, self.prompts, None, self.exact_budget, rng)
+            if self.target.evidence.log_bounds is not None and self.exact_budget:
+                engine, rng = Rejection(n=self.exact_budget), generator(self.seed, "compare")
+                self.posterior = engine.sample(self.target, self.prompts, rng=rng).kept().scored
 
     def of_sampler(self, name: str, sampler: Sampler) -> Result:
         certificate = certify(
@@ -350,8 +352,11 @@ class _Judge:
         if weighted.log_z is None or self.exact is None:
             return None
         gaps = [e.log_z - z.value for e, z in zip(self.exact, weighted.log_z, strict=True)]
-        bound = max(0.0, sum(gaps) / len(gaps))
-        return Interval(math.nan, 0.0, bound)
+        errors = [z.stderr for z in weighted.log_z]
+        spread = math.sqrt(sum(e * e for e in errors)) / len(errors)
+        if math.isnan(spread):
+            return None
+        return Interval(math.nan, 0.0, max(0.0, sum(gaps) / len(gaps)) + Z95 * spread)
 
     def _from_posterior(self, sampler: Sampler, certificate: Certificate) -> Interval | None:
         """KL(p* || q) = E_p*[log w] - log Z, from the exact samples; by the certificate's bounds of log Z."""

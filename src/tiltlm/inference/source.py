@@ -32,6 +32,10 @@ ACCEPTED: Mapping[str, frozenset[Origin]] = {
 """Which origins each `Claim.data` is sound with."""
 
 
+TRIES = 8
+"""How often a decoding engine is asked again that gave no sample at all."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step learns from.
@@ -226,13 +230,19 @@ class _Decoding(_Memoryless):
     prompts: Prompts
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        prompts = self.prompts.select(index)
+        prompts, engine, drawn = self.prompts.select(index), self.choice.engine, 0
         proposal = self.policy if self.choice.proposal == "policy" else None
-        weighted = self.choice.engine.sample(self.target, prompts, proposal=proposal, rng=rng)
-        scored = weighted.scored
-        rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), group, rng).flatten()
-        chosen = scored.select(rows[rows >= 0])
-        return Batch(chosen, chosen, len(scored) + scored.dropped)
+        for _ in range(TRIES):
+            weighted = engine.sample(self.target, prompts, proposal=proposal, rng=rng)
+            scored = weighted.scored
+            drawn += len(scored) + scored.dropped
+            rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), group, rng).flatten()
+            if (rows >= 0).any():
+                chosen = scored.select(rows[rows >= 0])
+                return Batch(chosen, chosen, drawn)
+        raise InputError(
+            f"{type(engine).__name__} gave no sample for any prompt of a step in {drawn} draws; give it more draws, or raise beta"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Readers of configurations, one format a file; each returns a `Reading`."""
