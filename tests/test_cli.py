@@ -613,7 +613,7 @@ class TestSample:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--engine", "smcc"], "engine is 'smcc'; choose best-of-n, importance, rejection"),
+            (["--engine", "smcc"], "engine is 'smcc'; did you mean 'smc'?"),
             (["--proposal", "none"], "'none' holds neither an adapter nor a model"),
         ],
     )

@@ -36,11 +36,11 @@ def write_comparison(comparisons: Sequence[Json], path: Path) -> Path:
 
 def distance_figure(comparison: Json) -> go.Figure:
     """KL(q || p*) of each contender as a dot with its interval; the nearest to the posterior on top."""
-    known = [r for r in comparison["results"] if _middle(r) is not None]
-    known.sort(key=lambda r: _middle(r) or 0.0, reverse=True)
+    middles = [(_middle(r), r) for r in comparison["results"]]
+    known = sorted([(m, r) for m, r in middles if m is not None], key=lambda pair: pair[0], reverse=True)
     figure = canvas(90 + ROW * len(known), "KL(q‖p*), nats: distance from the posterior")
-    for result in known:
-        value, interval = _middle(result), result["to_posterior"]
+    for value, result in known:
+        interval = result["to_posterior"]
         low, high = finite(interval["low"]) or 0.0, finite(interval["high"])
         bound = finite(interval["value"]) is None
         colour = LIGHT["posterior"] if result["steps"] == 0 else LIGHT["policy"]

@@ -51,6 +51,25 @@ def read_prompts(source: str, column: str) -> Sequence[Any]:
     return list(rows)
 
 
+def read_completions(source: str) -> Sequence[Any]:
+    """Rows of completions or preferences, with TRL's columns.
+
+    Raises:
+        InputError: if the file is missing, empty, of an unknown kind, or has neither kind of columns.
+    """
+    path = Path(source)
+    if not path.is_file() or path.suffix not in LOADERS:
+        raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
+    rows = _table(path)
+    columns = set(rows.column_names)
+    if not (columns & {"completion", "messages"} or {"chosen", "rejected"} <= columns):
+        raise InputError(
+            f"data {source!r} has the columns {', '.join(rows.column_names)}; it needs prompt, chosen and rejected, or prompt and "
+            f"completion, or messages"
+        )
+    return list(rows)
+
+
 def _table(path: Path) -> Any:
     import datasets
 

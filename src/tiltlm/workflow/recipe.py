@@ -26,7 +26,7 @@ class Recipe(BaseModel):
     prior_adapter: str | None = Field(None, description="PEFT adapter that belongs to the prior, frozen")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
     device: str = Field("auto", description="auto, cpu, cuda, …")
-    prompts: str = Field(description="prompts: .txt (one a line), .jsonl, .json, .csv or .parquet")
+    prompts: str | None = Field(None, description="prompts: .txt (one a line), .jsonl, .json, .csv or .parquet")
     column: str = Field("prompt", description="column that holds the prompt")
     chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
     max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     stop: list[str] = Field([], description="texts that end a completion")
 
     # the evidence
-    reward: str = Field(description="reward function, file.py:function or package.module:function")
+    reward: str | None = Field(None, description="reward function, file.py:function or package.module:function")
     beta: float | None = Field(
         None, description="temperature in reward units per nat; or choose it by kl_budget, reward_goal"
     )
@@ -87,6 +87,15 @@ class Recipe(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
     out: str = Field("runs/tilt", description="folder of the run")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Recipe:
+        for name in ("prompts", "reward"):
+            if getattr(self, name) is None and self.data is None:
+                raise ValueError(f"{name} is missing; give --{name} or write '{name}: …' into the recipe")
+        if self.reward is None and self.beta is None:
+            raise ValueError("beta is missing; without a reward nothing can choose it, give --beta, for example 0.1")
+        return self
 
     @model_validator(mode="after")
     def _one_temperature(self) -> Recipe:
@@ -165,6 +174,6 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     if fault["type"] == "missing":
         return f"{where} is missing{source}; give --{where.replace('_', '-')} or write '{where}: …' into the recipe"
     if fault["type"] == "value_error":
-        return str(fault["msg"]).removeprefix("Value error, ")
+        return str(fault["msg"]).removeprefix("Value error, ").replace(" is missing;", f" is missing{source};")
     description = Recipe.model_fields[str(fault["loc"][0])].description
     return f"{where} is {fault['input']!r}{source}: {fault['msg'][0].lower()}{fault['msg'][1:]} ({description})"

@@ -21,12 +21,15 @@ from torch import Generator
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
+from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.compare import with_budget
 from tiltlm.inference.fit import Training, fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.source import Decoded, Replay, Source
+from tiltlm.inference.source import Decoded, Given, Replay, Source
 from tiltlm.lm.adapters import LoRA
+from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
 from tiltlm.records import Prompts, Scored, Weighted
@@ -35,7 +38,7 @@ from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.weights import resample
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import load_reward, read_prompts
+from tiltlm.workflow.inputs import load_reward, read_completions, read_prompts
 from tiltlm.workflow.recipe import Recipe
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -43,9 +46,6 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 SHOWN = 4
 """Completions of each kind that the report shows for a prompt."""
-
-BUDGETS = ("n", "particles", "steps")
-"""What the number of draws a prompt is called by the decoding engines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +73,29 @@ class Run:
 
     @cached_property
     def prompts(self) -> Prompts:
-        return self.prior.encode(self._rows)
+        return self.prior.encode(self._rows) if self.recipe.prompts is not None else self.given.draws.prompts
 
     @cached_property
     def _rows(self) -> Sequence[Any]:
-        return read_prompts(self.recipe.prompts, self.recipe.column)
+        return [] if self.recipe.prompts is None else read_prompts(self.recipe.prompts, self.recipe.column)
 
     @cached_property
-    def _reward(self) -> tuple[Callable[..., Sequence[float]], str]:
-        return load_reward(self.recipe.reward)
+    def given(self) -> Scored:
+        """The completions of the recipe's `data`, with their preferences if it has any."""
+        rows = self._given_rows
+        return preferences(self.prior, rows) if "chosen" in rows[0] else demonstrations(self.prior, rows)
+
+    @cached_property
+    def _given_rows(self) -> Sequence[Any]:
+        return [] if self.recipe.data is None else read_completions(self.recipe.data)
+
+    @cached_property
+    def _reward(self) -> tuple[Callable[..., Sequence[float]], str] | None:
+        return None if self.recipe.reward is None else load_reward(self.recipe.reward)
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self._rows, self._reward, self.engine, self._teacher
+        _ = self._rows, self._given_rows, self._reward, self.engine, self._teacher
 
     @cached_property
     def engine(self) -> Any:
@@ -100,18 +110,20 @@ class Run:
         r = self.recipe
         return None if r.teacher is None else make_engine(decoding_engines(), r.teacher, {})
 
-    def _source(self, target: Target) -> Source | None:
+    def _source(self) -> Source | None:
         """Where the completions to learn from come from; None leaves it to the engine."""
         r = self.recipe
         if r.replay:
             return Replay(old=r.replay, capacity=max(64, 4 * r.replay))
         if self._teacher is not None:
             return Decoded(self._teacher)
-        return None
+        return Given(self.given) if r.data is not None else None
 
     def target(self, beta: float) -> Target:
-        """The target at a temperature."""
+        """The target at a temperature: of the reward, or of whatever reward made the preferences."""
         r = self.recipe
+        if r.reward is None or self._reward is None:
+            return self.prior * Preferences(beta)
         name = r.reward.rpartition(":")[2]
         return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
@@ -165,8 +177,9 @@ class Run:
 
     def _draws_key(self) -> str:
         r = self.recipe
+        code = self._reward[1] if self._reward is not None else ""
         parts = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.samples, r.seed, r.on_error, r.bounds]
-        parts += [r.reward, self._reward[1], self.prompts.texts, self.prompts.tokens.tolist(), self.prompts.columns]
+        parts += [r.reward, code, self.prompts.texts, self.prompts.tokens.tolist(), self.prompts.columns]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     # --- train ---
@@ -194,11 +207,12 @@ class Run:
         r = self.recipe
         prior_draws = self._prior_draws(beta) if r.certify_every else None
         monitor = monitor or Monitor(out=r.folder, trackers=r.trackers, config=r.model_dump())
+        target = self.target(beta)
         policy = fit(
-            self.target(beta),
-            self.prompts,
+            target,
+            self.prompts if r.data is None else self.given.draws.prompts,
             self.engine,
-            source=self._source(self.target(beta)),
+            source=self._source(),
             lora=self.lora(),
             start=r.start,
             out=r.folder,
@@ -309,7 +323,7 @@ class Run:
             InputError: for an engine that is not there, or one that cannot serve this target.
         """
         self.check()
-        decoder = decoder_with(engine, draws)
+        decoder = with_budget(make_engine(decoding_engines(), engine, {}), draws)
         sampler = None if proposal is None else self._sampler(proposal)
         target = self.target(self.chosen_beta())
         count_drawn = len(self.prompts) * draws
@@ -342,13 +356,6 @@ class Run:
 
     def _write_text(self, name: str, text: str) -> None:
         write_text(self.recipe.folder / name, text)
-
-
-def decoder_with(name: str, draws: int) -> Any:
-    """A decoding engine that may use `draws` completions a prompt."""
-    engines = decoding_engines()
-    budget = next((b for b in BUDGETS if name in engines and _has(engines[name], b)), None)
-    return make_engine(engines, name, {} if budget is None else {budget: draws})
 
 
 def _has(engine: Any, setting: str) -> bool:
