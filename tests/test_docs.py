@@ -69,7 +69,7 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
 def test_the_table_of_engines_is_the_engines_own_claims():
     page = (ROOT / "docs/engines.md").read_text()
     for name in ("RLOO", "Rejection", "Importance", "BestOfN"):
-        claim = getattr(tl, name).claim
+        claim = getattr(tl, name)().claim
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
         cells = [cell.strip().replace("\\*", "*").replace("‖", "||") for cell in row.split("|")[3:7]]
         assert cells == [claim.fixed_point, claim.objective, claim.bias, claim.source]

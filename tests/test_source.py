@@ -144,7 +144,7 @@ class TestSoundness:
             require_sound(tl.RLOO(), source)
 
     def test_defaults(self):
-        assert isinstance(default_source(tl.RLOO.claim), OnPolicy)
+        assert isinstance(default_source(tl.RLOO().claim), OnPolicy)
         assert isinstance(default_source(Claim("p*", "", data="prior")), FromPrior)
         with pytest.raises(tl.InputError, match="pass source="):
             default_source(Claim("data", "", data="given"))

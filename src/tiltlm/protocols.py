@@ -53,13 +53,17 @@ class Claim:
 
     Attributes:
         fixed_point: the law that the engine settles at or returns: "p*", another law's name, or "none". An engine with
-            another law may have `settles_at(exact) -> log-law`, which the suite then proves to be its fixed point.
+            another law may have `settles_at(exact) -> log-law`, which the suite then proves to be its fixed point; None
+            where these settings have no law that is known. Where its value function or its state come to rest elsewhere
+            than at V* and log Z, `values_at(exact)` and `rest(exact, state)` put them there.
         objective: what a training engine minimises, e.g. "KL(q||p*)"; for decoding engines "law".
         bias: distance between the expected gradient (or the returned law) and what is claimed.
         data: whose completions the loss may see: fresh ones of the policy ("on-policy"); the prior's ("prior"); those of any
             law whose log-probabilities are on the draws ("weighted"); any whatsoever ("any"); or any, but they have to be
             given, because they are what is learned ("given").
         needs: fields of `Forward` that the loss reads.
+        zero_variance: whether not only the expected gradient but every single draw's vanishes at p*; looked at where the bias
+            is none. False for estimators that are unbiased, and noisy even there.
         source: paper and equation.
     """
 
@@ -68,6 +72,7 @@ class Claim:
     bias: Literal["none", "1/n", "unknown"] = "unknown"
     data: Literal["on-policy", "prior", "weighted", "any", "given"] = "on-policy"
     needs: frozenset[str] = frozenset({"log_q"})
+    zero_variance: bool = True
     source: str = ""
 
 
@@ -168,6 +173,11 @@ class Walk(Protocol):
     Rows of one prompt are neighbours, as in `draw`. All of them start empty.
     """
 
+    @property
+    def live(self) -> Bool[Tensor, " B"]:
+        """The rows that go on: neither ended nor cut."""
+        ...
+
     def log_probs(self) -> Float[Tensor, "B V"]:
         """Normalised log-probabilities of every row's next token."""
         ...
@@ -178,6 +188,10 @@ class Walk(Protocol):
 
     def select(self, rows: Int[Tensor, " B"]) -> None:
         """Replace the rows by copies of those at `rows`."""
+        ...
+
+    def draws(self, rows: Int[Tensor, " B"] | None = None) -> Draws:
+        """The rows so far, or those at `rows`, as draws of the sampler's law."""
         ...
 
 

@@ -259,16 +259,18 @@ class Weighted:
 
     Attributes:
         log_z: estimate of log Z for each prompt, where the engine has one.
+        diagnostics: how it went, by name, one number a prompt: such as the effective sample size or an acceptance rate.
     """
 
     scored: Scored
     log_w: Float[Tensor, " B"]
     log_z: tuple[Estimate, ...] | None = None
+    diagnostics: Mapping[str, Float[Tensor, " P"]] = field(default_factory=dict)
 
     def kept(self) -> Weighted:
         """Only the rows with positive weight."""
         keep = self.log_w > -torch.inf
-        return Weighted(self.scored.select(keep), self.log_w[keep], self.log_z)
+        return replace(self, scored=self.scored.select(keep), log_w=self.log_w[keep])
 
 
 @dataclass(frozen=True)

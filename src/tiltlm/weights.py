@@ -55,8 +55,9 @@ def normalise(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int)
 
 
 def ess(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
-    """Kish's effective sample size (sum w)^2 / sum w^2 of each prompt."""
-    return (2 * group_logsumexp(log_w, index, groups) - group_logsumexp(2 * log_w, index, groups)).exp()
+    """Kish's effective sample size (sum w)^2 / sum w^2 of each prompt; 0 where all of a prompt's weights vanish."""
+    total, squares = group_logsumexp(log_w, index, groups), group_logsumexp(2 * log_w, index, groups)
+    return torch.where(squares > -torch.inf, 2 * total - squares, -torch.inf).exp()
 
 
 def resample(
@@ -70,6 +71,46 @@ def resample(
         if len(rows) and weights[rows].sum() > 0:
             chosen[prompt] = rows[torch.multinomial(weights[rows], n, replacement=True, generator=rng)]
     return chosen
+
+
+# --- resampling within a population: (weights, uniform numbers) -> each slot's ancestor ---
+#
+# Functions of their uniform numbers, so that a test can integrate over these. Weights sum to one in each row; slot j's
+# expected number of copies is N w_j in each scheme (Douc, Cappe & Moulines 2005).
+
+
+def multinomial(weights: Float[Tensor, "P N"], uniform: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
+    """Independent ancestors (Gordon et al. 1993)."""
+    return _inverse(weights, uniform)
+
+
+def stratified(weights: Float[Tensor, "P N"], uniform: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
+    """One ancestor from each N-th of the distribution function (Kitagawa 1996)."""
+    n = weights.shape[-1]
+    return _inverse(weights, (torch.arange(n) + uniform) / n)
+
+
+def systematic(weights: Float[Tensor, "P N"], uniform: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
+    """Stratified, with the same uniform number in each stratum: the first of each row (Carpenter et al. 1999)."""
+    return stratified(weights, uniform[:, :1].expand_as(uniform))
+
+
+def residual(weights: Float[Tensor, "P N"], uniform: Float[Tensor, "P N"]) -> Int[Tensor, "P N"]:
+    """floor(N w) copies for certain, the rest multinomial from what is left (Liu & Chen 1998)."""
+    n = weights.shape[-1]
+    certain = (n * weights).floor()
+    copies = certain.cumsum(-1)
+    slot = torch.arange(n, dtype=weights.dtype).expand_as(weights).contiguous()
+    kept = torch.searchsorted(copies, slot, right=True).clamp(max=n - 1)
+    return torch.where(slot < copies[:, -1:], kept, _inverse(n * weights - certain, uniform))
+
+
+def _inverse(weights: Float[Tensor, "P N"], points: Float[Tensor, "P M"]) -> Int[Tensor, "P M"]:
+    """Where each point of [0, 1) falls in the distribution function of weights that need not be normalised."""
+    cumulative = weights.cumsum(-1)
+    scaled = points * cumulative[:, -1:]
+    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)  # rounding must not reach a slot without weight
+    return torch.minimum(torch.searchsorted(cumulative, scaled.contiguous(), right=True), last)
 
 
 def pareto_k(log_w: Float[Tensor, " N"]) -> float:

@@ -214,7 +214,7 @@ class _Loop:
         began = time.perf_counter()
         index = batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed)
         batch = self.stream.batch(index, self.engine.group, generator(self.settings.seed, "draw", step))
-        scored, fresh = batch.scored, batch.fresh
+        scored, fresh = batch.scored, batch.fresh or batch.scored
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
         require_finite(scored)
@@ -234,6 +234,8 @@ class _Loop:
             )
             factor = learning_rate(self._place(step), self.settings.steps, self.settings.warmup, self.settings.schedule)
             norm = self.optimiser.step(self.settings.clip, factor)
+            if hasattr(self.policy, "refresh_target"):  # a critic's target network
+                self.policy.refresh_target(getattr(self.engine, "target_rate", 1.0))  # pyright: ignore
             require_trainable(norm, scored)
         ended = time.perf_counter()
         tokens = int(fresh.draws.mask.sum())
@@ -242,8 +244,8 @@ class _Loop:
         parts = {f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()}
         return {
             "reward": float(reward.mean()),
-            "kl_prior": float(kl.mean()),
-            "elbo": float(fresh.log_weight.double().mean()),
+            "kl_prior": float(kl.mean()) if batch.fresh is not None else None,  # of others' draws it says nothing
+            "elbo": float(fresh.log_weight.double().mean()) if batch.fresh is not None else None,
             "loss": float(loss),
             "grad_norm": norm,
             "length": float(fresh.draws.lengths.double().mean()),

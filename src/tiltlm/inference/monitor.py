@@ -79,10 +79,10 @@ class Monitor:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One step's metrics."""
-        status = (
-            f"E r {metrics['reward']:.3f}  KL {metrics['kl_prior']:.2f}  ELBO {metrics['elbo']:.2f}  "
-            f"{metrics['tokens_per_second']:.0f} tok/s"
-        )
+        parts = [("E r {:.3f}", metrics["reward"]), ("KL {:.2f}", metrics["kl_prior"]), ("ELBO {:.2f}", metrics["elbo"])]
+        parts += [("loss {:.3f}", metrics["loss"]), ("{:.0f} tok/s", metrics["tokens_per_second"])]
+        known = [(form, value) for form, value in parts if value is not None and math.isfinite(value)]
+        status = "  ".join(form.format(value) for form, value in known)
         self._progress.update(self._task, completed=step, status=status)
         if self._path is not None:
             line = json.dumps(plain({"step": step, **metrics})) + "\n"

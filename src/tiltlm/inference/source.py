@@ -42,12 +42,12 @@ class Batch:
 
     Attributes:
         scored: completions of the step's prompts, for the loss.
-        fresh: those of them that were drawn for this step, for the log; `scored` itself unless some are old.
+        fresh: those of them that the policy has just drawn, for the log; None where the draws are not the policy's.
         drawn: completions drawn for this batch, kept or not.
     """
 
     scored: Scored
-    fresh: Scored
+    fresh: Scored | None
     drawn: int
 
 
@@ -117,7 +117,7 @@ class _Drawing(_Memoryless):
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
         draws = self.sampler.draw(self.prompts.select(index), group, rng)
         scored = self.target.score(draws)
-        return Batch(scored, scored, len(draws))
+        return Batch(scored, None if self.sampler is self.target.prior else scored, len(draws))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Stored(_Memoryless):
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
         chosen = at_most(self.scored.of(index), group, rng)
-        return Batch(chosen, chosen, 0)
+        return Batch(chosen, None, 0)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Decoding(_Memoryless):
             rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), group, rng).flatten()
             if (rows >= 0).any():
                 chosen = scored.select(rows[rows >= 0])
-                return Batch(chosen, chosen, drawn)
+                return Batch(chosen, None, drawn)
         raise InputError(
             f"{type(engine).__name__} gave no sample for any prompt of a step in {drawn} draws; give it more draws, or raise beta"
         )
@@ -268,7 +268,7 @@ class _Everything(_Memoryless):
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
         chosen = self.scored.of(index)
-        return Batch(chosen, chosen, 0)
+        return Batch(chosen, None, 0)
 
 
 def default_source(claim: Claim) -> Source:

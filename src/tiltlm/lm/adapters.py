@@ -7,6 +7,7 @@ adapter on. All of them share the base's weights, so whoever runs the model acti
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ class AdapterSwitch:
         """Forget an adapter and free its memory."""
         assert self.peft is not None
         self._trained.pop(name, None)
-        self.peft.delete_adapter(name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Adapter .* was active", category=UserWarning)  # activate() sees to that
+            self.peft.delete_adapter(name)
         self._active = ""  # whatever peft has made active, the next activate() sets it anew
 
     def activate(self, name: str | None) -> None:

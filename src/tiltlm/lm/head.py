@@ -74,7 +74,8 @@ def apply_law(logits: Float[Tensor, "N V"], law: Law) -> Float[Tensor, "N V"]:
     return logits
 
 
-def _chunks(features: Tensor, head: Head) -> Iterator[slice]:
+def chunks(features: Tensor, head: Head) -> Iterator[slice]:
+    """Rows whose logits may exist at a time."""
     rows = max(1, CHUNK_BYTES // (4 * head.vocabulary(features)))
     for start in range(0, len(features), rows):
         yield slice(start, min(start + rows, len(features)))
@@ -90,7 +91,7 @@ class _ChunkedLogProb(torch.autograd.Function):
         head = Head(weight, bias, scale)
         log_q = at_least_float32(features.new_empty(len(features)))
         jacobian = torch.empty_like(features) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(features, head):
+        for rows in chunks(features, head):
             log_p = apply_law(head.logits(features[rows]), law).log_softmax(-1)
             log_q[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
             if jacobian is not None:
@@ -110,7 +111,7 @@ class _ChunkedLogProb(torch.autograd.Function):
             head = Head(weight, bias, ctx.scale)
             to_weight = torch.zeros_like(weight)
             to_bias = torch.zeros_like(bias) if bias is not None else None
-            for rows in _chunks(features, head):
+            for rows in chunks(features, head):
                 log_p = apply_law(head.logits(features[rows]), ctx.law).log_softmax(-1)
                 residual = _residual(log_p, targets[rows], ctx.scale, ctx.law) * grad[rows, None]
                 residual = residual.to(weight.dtype)
@@ -136,7 +137,7 @@ def token_log_prob(
         return _ChunkedLogProb.apply(features, head.weight, head.bias, targets, head.scale, law)  # pyright: ignore
     parts = [
         apply_law(head.logits(features[rows]), law).log_softmax(-1).gather(-1, targets[rows, None]).squeeze(-1)
-        for rows in _chunks(features, head)
+        for rows in chunks(features, head)
     ]
     return torch.cat(parts) if parts else features.new_zeros(0)
 
@@ -144,7 +145,8 @@ def token_log_prob(
 def _kl_rows(log_q: Tensor, log_p: Tensor) -> Tensor:
     """sum_v q (log q - log p), where q = 0 counts for nothing even if log q - log p is inf - inf."""
     q = log_q.exp()
-    return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
+    difference = torch.where(q > 0, log_q - log_p, 0.0)  # before it is multiplied: the gradient of 0 * nan is nan
+    return (q * difference).sum(-1)
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -155,7 +157,7 @@ class _ChunkedKL(torch.autograd.Function):
         assert head.weight is not None
         kl = at_least_float32(features.new_empty(len(features)))
         jacobian = torch.empty_like(features) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(features, head):
+        for rows in chunks(features, head):
             log_q = apply_law(head.logits(features[rows]), law).log_softmax(-1)
             log_p = apply_law(prior_head.logits(prior_features[rows]), law).log_softmax(-1)
             kl[rows] = _kl_rows(log_q, log_p)
@@ -186,7 +188,7 @@ def token_kl(
     if head.is_linear and not trains_head:
         return _ChunkedKL.apply(features, head, prior_features, prior_head, law)  # pyright: ignore
     parts = []
-    for rows in _chunks(features, head):
+    for rows in chunks(features, head):
         log_q = apply_law(head.logits(features[rows]), law).log_softmax(-1)
         with torch.no_grad():
             log_p = apply_law(prior_head.logits(prior_features[rows]), law).log_softmax(-1)

@@ -88,7 +88,7 @@ def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...]
         while len(ids) > 1 and ids[-1] in eos and not text.endswith(str(tokenizer.decode(ids[-1]))):
             ids.pop()  # some tokenizers end every text; a prompt is not the end
     else:
-        ids = _template(text, tokenizer, number)
+        ids = tokens_of(render(text, tokenizer, number), tokenizer)
     bos = tokenizer.bos_token_id
     while len(ids) > 1 and bos is not None and ids[0] == bos and ids[1] == bos:
         ids.pop(0)
@@ -97,18 +97,32 @@ def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...]
     return ids
 
 
-def _template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text, with nothing added: special tokens are in it already, or are not wanted."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+
+
+def render(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, number: int, *, answered: bool = False) -> str:
+    """A conversation as the chat template writes it: up to where the model goes on, or with the last turn ended.
+
+    Args:
+        number: of the prompt, for the error message.
+        answered: the last message is the answer, and ends as the template ends it.
+
+    Raises:
+        InputError: if there is no template, or the messages do not fit it.
+    """
     if tokenizer.chat_template is None:
         raise InputError(
             f"prompt {number} is a list of messages, but the model has no chat template; use an instruction-tuned "
             f"model, or give the prompt as plain text"
         )
-    answering = messages[-1]["role"] == "assistant"
+    answering = not answered and messages[-1]["role"] == "assistant"
     try:
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages],
             tokenize=False,
-            add_generation_prompt=not answering,
+            add_generation_prompt=not answering and not answered,
             continue_final_message=answering,
         )
     except (TemplateError, KeyError, TypeError, ValueError) as error:
@@ -116,7 +130,7 @@ def _template(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, numbe
         raise InputError(
             f"prompt {number} does not fit the model's chat template ({reason[:160]}); mend its messages"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+    return str(text)
 
 
 def decode(tokens: torch.Tensor, mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from tiltlm.records import Draws, Forward, Prompts
 from tiltlm.target import Target
 
 if TYPE_CHECKING:
+    from tiltlm.lm.critic import ModelCritic
     from tiltlm.protocols import Evidence
 
 SCORING_TOKENS = 2048
@@ -220,6 +221,18 @@ class ModelPrior(View):
             adapter = switch.new(lora, self.body.name, seed)
         switch.train(adapter)
         return ModelPolicy(**self._parts(self.body, adapter), prior=self, value_head=head)
+
+    def critic(self, *, lora: LoRA | None = LoRA(), start: str | Path | None = None, seed: int = 0) -> ModelCritic:
+        """A trainable Q-function on this model, whose law is this prior tilted by it; see `tiltlm.lm.critic`.
+
+        Args:
+            lora: the adapter that it learns its features with; None learns on the prior's own features.
+            start: folder of a saved critic to start from, with its adapter if it has one.
+            seed: of the initial weights.
+        """
+        from tiltlm.lm.critic import new_critic
+
+        return new_critic(self, lora, start, seed)
 
     def fingerprint(self) -> str:
         """A hash of architecture, precision and a sample of the weights, the prior's adapter included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,28 +13,75 @@ import torch
 from scipy.stats import chi2 as chi_squared
 from torch import Generator, Tensor
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, TiltWarning
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Draws, Scored
 from tiltlm.testing.check import TOLERANCE, Check
 from tiltlm.testing.fixtures import Language, small_language
-from tiltlm.weights import group_count, resample
+from tiltlm.testing.kernels import kernel_checks, law_after
+from tiltlm.testing.particles import ALWAYS, Every, another_law, particle_checks, rough_twist
+from tiltlm.weights import group_count, normalise, resample
 
 REPETITIONS = 6000
+POPULATIONS = 600
+"""Outputs whose average is compared with p* where another proposal draws."""
 SIGNIFICANCE = 1e-4
 """Of the statistical check that `sample` follows the law that was enumerated; its seed is fixed."""
 
 
 def decoding_checks(engine: Any) -> Iterator[Check]:
     """Every check that a decoding engine's claim calls for."""
+    if hasattr(engine, "particles"):
+        yield from particle_checks(engine)
+        yield _particle_sampling_check(engine)
+    elif hasattr(engine, "log_acceptance"):
+        yield from kernel_checks(engine)
+        yield _chain_sampling_check(engine)
+    else:
+        yield from _choice_checks(engine)
+
+
+def _choice_checks(engine: Any) -> Iterator[Check]:
+    """Of an engine that weights independent draws."""
     claim: Claim = engine.claim
-    for world in (small_language(), _with_ties()):
+    for world, ties in ((small_language(), False), (_with_ties(), True)):
         exact = ex.posterior(world.target, world.prompts)
+        ready = _with_value(engine, world, exact)
         if hasattr(engine, "selection"):
-            yield from _law_checks(engine, world, exact, claim)
-        yield _sampling_check(engine, world, exact)
-    yield from _proposal_checks(engine, small_language(), claim)
+            yield from _law_checks(ready, world, exact, claim)
+        if not ties or claim.fixed_point == "best-of-n":  # others do not compare rewards
+            yield _sampling_check(ready, world, exact)
+    if not hasattr(engine, "value"):  # which is its proposal
+        yield from _proposal_checks(engine, small_language(), claim)
+
+
+def _with_value(engine: Any, world: Language, exact: ex.Exact) -> Any:
+    """The engine with a critic, where it needs one and has none: a law that is not p*."""
+    return replace(engine, value=another_law(world, exact)) if hasattr(engine, "value") else engine
+
+
+def _drawn_by(engine: Any, exact: ex.Exact) -> Tensor:
+    """log-probabilities (K, T) of every completion's tokens under the law that the engine draws from."""
+    if getattr(engine, "value", None) is None:
+        return exact.scored.log_prior.double()
+    return engine.value.log_prob(replace(exact.scored.draws, sampler="")).double()
+
+
+def _particle_sampling_check(engine: Any) -> Check:
+    """`sample` on two particles against the law of all its runs."""
+    world = small_language()
+    exact = ex.posterior(world.target, world.prompts)
+    sized = replace(engine, particles=2, twist=rough_twist(exact), threshold=ALWAYS, repeats=1)
+    return _sampling_check(sized, world, exact, Every(sized, world, exact, world.prior).law)
+
+
+def _chain_sampling_check(engine: Any) -> Check:
+    """`sample` on short chains against the law that so many steps of the kernel lead to."""
+    world = small_language()
+    exact = ex.posterior(world.target, world.prompts)
+    sized = replace(engine, chains=1, steps=2, warmup=1)
+    return _sampling_check(sized, world, exact, law_after(sized, world, exact))
 
 
 def _proposal_checks(engine: Any, world: Language, claim: Claim) -> Iterator[Check]:
@@ -46,12 +94,14 @@ def _proposal_checks(engine: Any, world: Language, claim: Claim) -> Iterator[Che
             weight.add_(2 * torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight).sin())
     exact = ex.posterior(world.target, world.prompts)
     try:
-        many = replace(engine, n=4000) if hasattr(engine, "n") else engine
-        weighted = many.sample(world.target, world.prompts, proposal=proposal, rng=Generator().manual_seed(2))
+        many = replace(engine, n=32) if hasattr(engine, "n") else engine
+        prompts = world.prompts.select([0] * POPULATIONS)
+        weighted = many.sample(world.target, prompts, proposal=proposal, rng=Generator().manual_seed(2))
     except InputError:
         return
     law = torch.zeros(len(exact.completions), dtype=torch.float64)
-    law.index_add_(0, _which(weighted.scored.draws, exact), torch.softmax(weighted.log_w.double(), 0))
+    share = normalise(weighted.log_w.double(), weighted.scored.draws.prompt_index, POPULATIONS) / POPULATIONS
+    law.index_add_(0, _which(weighted.scored.draws, exact), share)
     distance = float((law - exact.log_posterior.exp()).abs().sum() / 2)
     yield Check("with another proposal: total variation of the weighted draws from p*", distance, 0.06)
 
@@ -91,17 +141,22 @@ def _law_checks(engine: Any, world: Language, exact: ex.Exact, claim: Claim) -> 
             yield Check(
                 f"law is that of the best of {n}, ties by order", _gap(law, ex.best_of_n_law(exact, n)), TOLERANCE
             )
+    elif hasattr(engine, "settles_at"):
+        for n, law in laws.items():
+            named = engine.settles_at(exact).exp()
+            yield Check(f"law is the {claim.fixed_point} law that it names, {n} proposals", _gap(law, named), TOLERANCE)
 
 
 def enumerated_law(engine: Any, world: Language, exact: ex.Exact) -> Tensor:
-    """The law of an engine's output, by listing all tuples of `engine.n` prior draws; conditional on there being one."""
-    draws: Draws = exact.scored.draws
+    """The law of an engine's output, by listing all tuples of the `engine.n` draws it makes; conditional on there being one."""
+    log_q = _drawn_by(engine, exact)
+    draws: Draws = replace(exact.scored.draws, log_q=log_q, sampler="")
     tuples = torch.tensor(list(itertools.product(range(len(draws)), repeat=engine.n)))
-    probability = exact.log_prior.exp()[tuples].prod(-1)
+    probability = log_q.sum(-1).exp()[tuples].prod(-1)
     flat = tuples.flatten()
     owner = torch.arange(len(tuples)).repeat_interleave(engine.n)
     prompts = draws.prompts.select([0] * len(tuples))
-    chosen: Scored = exact.scored.select(flat)
+    chosen: Scored = replace(exact.scored, draws=draws).select(flat)
     chosen = replace(chosen, draws=replace(chosen.draws, prompts=prompts, prompt_index=owner))
     share = engine.selection(world.target, chosen).double() * probability[owner]
     law = torch.zeros(len(draws), dtype=torch.float64).index_add_(0, flat, share)
@@ -112,12 +167,14 @@ def _gap(law: Tensor, truth: Tensor) -> float:
     return float((law - truth).abs().max())
 
 
-def _sampling_check(engine: Any, world: Language, exact: ex.Exact) -> Check:
+def _sampling_check(engine: Any, world: Language, exact: ex.Exact, law: Tensor | None = None) -> Check:
     """Pearson's chi-squared test of many independent outputs of `sample` against the law that is claimed."""
-    law = _claimed_law(replace(engine, n=4) if hasattr(engine, "n") else engine, world, exact)
-    prompts = world.prompts.select([0] * REPETITIONS)
     sized = replace(engine, n=4) if hasattr(engine, "n") else engine
-    weighted = sized.sample(world.target, prompts, rng=Generator().manual_seed(0))
+    law = _claimed_law(sized, world, exact) if law is None else law
+    prompts = world.prompts.select([0] * REPETITIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TiltWarning)  # so few particles or steps deserve one
+        weighted = sized.sample(world.target, prompts, rng=Generator().manual_seed(0))
     index = weighted.scored.draws.prompt_index
     chosen = resample(weighted.log_w, index, REPETITIONS, 1, Generator().manual_seed(1))[:, 0]
     found = _which(weighted.scored.draws.select(chosen[chosen >= 0]), exact)

@@ -68,7 +68,7 @@ def _posterior_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator
         for group in GROUPS:
             there = _Enumeration(_sized(engine, group), world, optimum, exact, behaviour)
             yield Check(f"expected gradient vanishes at p*, draws of {whose}, group {group}", there.pull, TOLERANCE)
-            if claim.bias == "none" and whose == "the policy":
+            if claim.bias == "none" and claim.zero_variance and whose == "the policy":
                 name = f"every draw's signal vanishes at p*, group {group}"
                 yield Check(name, there.largest_signal, TOLERANCE)
     for group in GROUPS:
@@ -132,23 +132,29 @@ def _other_law_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator
             # A modest claim must be an honest one too: say p* if it is p*.
             pull = _Enumeration(sized, world, optimum, exact, behaviour).pull
             yield Check(f"p* is not stationary, draws of {whose}, group {group}", TOLERANCE / max(pull, 1e-300), 1e-3)
-        if claim.fixed_point == "data" or hasattr(sized, "settles_at"):
-            yield from _settling_checks(sized, world, exact)
+    if claim.fixed_point == "data" or hasattr(engine, "settles_at"):
+        yield from _settling_checks(engine, world, exact)
 
 
 def _settling_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
     claim: Claim = engine.claim
-    if claim.fixed_point == "data":
-        data = _lagged(world, exact)
-        log_law, laws = data.sum(-1), [("the data", data)]
-    else:
-        log_law = engine.settles_at(exact)
-        laws = _behaviours(claim, world, exact, policy_with_law(world, log_law))
-    settled = policy_with_law(world, log_law)
-    for whose, behaviour in laws:
-        there = _Enumeration(engine, world, settled, exact, behaviour)
-        name = f"expected gradient vanishes at {claim.fixed_point}, draws of {whose}, group {engine.group}"
-        yield Check(name, there.pull, 1e3 * TOLERANCE)
+    errors: dict[str, dict[int, float]] = {}
+    for group in FALLING if claim.bias == "1/n" else GROUPS:
+        sized = _sized(engine, group)
+        log_law = _lagged(world, exact).sum(-1) if claim.fixed_point == "data" else sized.settles_at(exact)
+        if log_law is None:
+            return
+        settled = policy_with_law(world, log_law)
+        for whose, behaviour in _behaviours(claim, world, exact, settled):
+            pull = _Enumeration(sized, world, settled, exact, behaviour).pull
+            errors.setdefault(whose, {})[group] = pull
+    for whose, pulls in errors.items():
+        name = f"expected gradient vanishes at {claim.fixed_point}, draws of {whose}"
+        if claim.bias == "1/n":
+            yield from _falling_checks(pulls, name)
+            continue
+        for group, pull in pulls.items():
+            yield Check(f"{name}, group {group}", pull, 1e3 * TOLERANCE)
 
 
 # --- enumeration ---
@@ -162,6 +168,8 @@ def _behaviours(claim: Claim, world: Language, exact: ex.Exact, policy: Any) -> 
     """The laws that draw: whose, and the log-probability of every completion's tokens (K, T)."""
     if claim.data == "prior":
         return [("the prior", exact.scored.log_prior)]
+    if claim.fixed_point == "data":
+        return [("the data", _lagged(world, exact))]
     own = ("the policy", _token_log_prob(policy, exact))
     return [own] if claim.data == "on-policy" else [own, ("another law", _lagged(world, exact))]
 
@@ -227,8 +235,17 @@ class _Enumeration:
                     total.add_(signal * share)
         of_policy = {name: value for name, value in self.coefficients.items() if name in ("log_q", "kl")}
         self.gradient = ex.expected_gradient(policy, exact, of_policy)
-        beside = [self.coefficients[name] for name in fields if name not in of_policy]
+        beside = [_by_state(exact, self.coefficients[name]) for name in fields if name not in of_policy]
         self.pull = max(float(value.abs().max()) for value in [*self.gradient.values(), *beside, *of_state])
+
+
+def _by_state(exact: ex.Exact, values: Tensor) -> Tensor:
+    """Sums over the completions that share the text so far: what is wanted of one entry of a table of values."""
+    number: dict[tuple[int, ...], int] = {}
+    rows = [[number.setdefault(x[:t], len(number)) for t in range(len(x))] for x in exact.completions]
+    parts = [values[row, : len(states)] for row, states in enumerate(rows)]
+    index = torch.tensor([state for states in rows for state in states])
+    return torch.zeros(len(number), dtype=values.dtype).index_add_(0, index, torch.cat(parts))
 
 
 def _tables(engine: Any, policy: Any, exact: ex.Exact, behaviour: Tensor, offset: float) -> _Tables:
@@ -238,7 +255,8 @@ def _tables(engine: Any, policy: Any, exact: ex.Exact, behaviour: Tensor, offset
         forward = policy.forward(draws, needs - {"values"})
     known = {name: value.double() for name, value in vars(forward).items() if value is not None}
     if "values" in needs:
-        known["values"] = _values(exact) + offset * draws.mask
+        values = engine.values_at(exact) if hasattr(engine, "values_at") else _values(exact)
+        known["values"] = values + offset * draws.mask
     scored = replace(
         exact.scored, draws=replace(draws, log_q=behaviour), log_evidence=exact.scored.log_evidence + offset
     )
@@ -262,6 +280,8 @@ def _state_at_truth(engine: Any, world: Language, exact: ex.Exact, scored: Any, 
         if hasattr(state, "log_z"):
             with torch.no_grad():
                 state.log_z.fill_(exact.log_z + offset)  # pyright: ignore[reportCallIssue]
+        if hasattr(engine, "rest"):
+            engine.rest(exact, state)
     elif hasattr(engine, "observe"):
         engine.observe(scored, state)
     return state

@@ -19,6 +19,8 @@ class BestOfN:
 
     Its law is not p* but pi0(x) (F(x)^n - F_-(x)^n) / (F(x) - F_-(x)), F and F_- the prior's probabilities of a
     reward at most, and less than, r(x) (Beirami et al. 2024). At its own KL it is close to the best reward there is.
+
+    With a proposal it is the same law of that proposal: nothing corrects for who drew.
     """
 
     n: int = 16

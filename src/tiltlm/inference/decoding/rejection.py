@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError
@@ -73,24 +74,34 @@ class Rejection:
 
     def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the first accepted one; the rest to 1 is "none accepted"."""
-        accept = (scored.log_evidence - log_accept_bound(target)).exp()
-        chosen = torch.zeros_like(accept)
-        index = scored.draws.prompt_index
-        for prompt in index.unique():
-            rows = (index == prompt).nonzero().flatten()
-            before = torch.cat([accept.new_ones(1), (1 - accept[rows]).cumprod(0)[:-1]])
-            chosen[rows] = accept[rows] * before
-        return chosen
+        return first_accepted((scored.log_evidence - log_accept_bound(target)).exp(), scored.draws.prompt_index)
+
+
+def first_accepted(accept: Float[Tensor, " B"], index: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Probability that each row is its prompt's first accepted one, the rows accepted independently."""
+    chosen = torch.zeros_like(accept)
+    for prompt in index.unique():
+        rows = (index == prompt).nonzero().flatten()
+        before = torch.cat([accept.new_ones(1), (1 - accept[rows]).cumprod(0)[:-1]])
+        chosen[rows] = accept[rows] * before
+    return chosen
 
 
 def log_accept_bound(target: Target) -> float:
     """The largest log-likelihood, which the acceptance probability divides by."""
-    bounds = target.evidence.log_bounds
-    if bounds is None:
+    if not has_upper_bound(target):
         raise InputError(
             "rejection needs a reward with bounds; declare them, Reward(fn, bounds=(low, high)), or use importance"
         )
+    bounds = target.evidence.log_bounds
+    assert bounds is not None
     return bounds[1]
+
+
+def has_upper_bound(target: Target) -> bool:
+    """Whether the log-likelihood is known not to exceed a number; the lower bound may be -inf (hard constraints)."""
+    bounds = target.evidence.log_bounds
+    return bounds is not None and bounds[1] < math.inf
 
 
 def accepted_counts(rounds: list[Weighted], prompts: int) -> Tensor:

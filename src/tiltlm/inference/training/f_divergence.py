@@ -1,0 +1,168 @@
+"""f-DPG: any f-divergence between the policy and the posterior, by weighted draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from tiltlm.errors import InputError
+from tiltlm.inference.training.log_z import RunningLogZ
+from tiltlm.protocols import Claim
+from tiltlm.records import Forward, Info, Prompts, Scored
+from tiltlm.weights import group_count, group_logsumexp, leave_one_out
+
+# --- divergences: f'(t) as a function of log t, t = q(x) / p*(x), for D = E_p*[f(t)] ---
+
+Divergence = Callable[[Float[Tensor, " B"]], Float[Tensor, " B"]]
+
+
+def forward_kl(log_t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """KL(p* || q): f = -log t. Covers every mode; the pseudo-reward p* / q is unbounded."""
+    return -(-log_t).exp()
+
+
+def reverse_kl(log_t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """KL(q || p*): f = t log t. What RLOO minimises; Z is only a baseline."""
+    return log_t + 1
+
+
+def jensen_shannon(log_t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """JS(q, p*), the mean KL of both to their average: f = (t log t - (1 + t) log((1 + t) / 2)) / 2. (Go et al. take twice that.)"""
+    return (math.log(2) - softplus(-log_t)) / 2
+
+
+def total_variation(log_t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """TV(q, p*) = sum |q - p*| / 2: f = |t - 1| / 2. At t = 1, up to rounding, the subgradient 0."""
+    return torch.where(log_t.abs() > ROUNDING, log_t.sign(), 0.0) / 2
+
+
+def chi_squared(log_t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """chi2(p* || q) = sum p*^2 / q - 1: f = 1 / t - 1. The variance of importance sampling from q."""
+    return -(-2 * log_t).exp()
+
+
+ROUNDING = 1e-6
+"""Log-ratios that count as zero where the derivative jumps."""
+
+OBJECTIVES: Mapping[Divergence, str] = {
+    forward_kl: "KL(p*||q)",
+    reverse_kl: "KL(q||p*)",
+    jensen_shannon: "JS(q,p*)",
+    total_variation: "TV(q,p*)",
+    chi_squared: "chi2(p*||q)",
+}
+
+# --- log Z of each completion's prompt ---
+
+LogZ = Callable[[Scored, RunningLogZ], Float[Tensor, " B"]]
+
+
+def running(scored: Scored, state: RunningLogZ) -> Float[Tensor, " B"]:
+    """The mean weight of all draws of the prompt so far (Korbak et al. 2022a: conditional DPG)."""
+    return state(scored)
+
+
+def within_group(scored: Scored, state: RunningLogZ) -> Float[Tensor, " B"]:
+    """The mean weight of the prompt's draws in this step alone: self-normalised, with a bias of order 1 / n."""
+    index = scored.draws.prompt_index
+    groups = int(index.max()) + 1
+    total = group_logsumexp(scored.log_weight.double(), index, groups) - group_count(index, groups).log()
+    return total[index]
+
+
+# --- baselines: what is taken off f'(t) before it is weighted by `ratio`, q / behaviour ---
+
+Baseline = Callable[[Divergence, Float[Tensor, " B"], Float[Tensor, " B"], Int[Tensor, " B"]], Float[Tensor, " B"]]
+
+
+def at_optimum(
+    divergence: Divergence, slope: Float[Tensor, " B"], ratio: Float[Tensor, " B"], index: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """f'(1), what every draw has at p*.
+
+    For the forward KL this is Korbak et al. 2022b's: P / q - Z on the policy's own draws, P / b - Z q / b on those of b.
+    """
+    return divergence(torch.zeros_like(slope))
+
+
+def of_the_others(
+    divergence: Divergence, slope: Float[Tensor, " B"], ratio: Float[Tensor, " B"], index: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """The weighted mean of f'(t) over the prompt's other draws; with the reverse KL this is RLOO."""
+    weighted = ratio * slope
+    return weighted - leave_one_out(weighted, index)
+
+
+@dataclass(frozen=True)
+class FDivergence:
+    """f-DPG (Go et al. 2023, theorem 1), towards a posterior that is normalised for each prompt (Korbak et al. 2022a).
+
+    The gradient of D_f(q || p*) = E_p*[f(t)], t = q / p*, is E_q[f'(t) grad log q]; draws of another law b, such as an
+    earlier self of the policy, are weighted by q / b. So one draw costs (q / b) (f'(t) - baseline) log q(x), detached but for
+    the last factor. With the forward KL this is DPG (Parshakova et al. 2019; Khalifa et al. 2021), which needs q / b only for its
+    baseline: the proposal may lag far behind. t needs log Z, except for the reverse KL; a wrong one leaves p*
+    stationary, but the divergence is then another one.
+
+    Attributes:
+        divergence: f' as a function of log t: `forward_kl`, `reverse_kl`, `jensen_shannon`, `total_variation`, `chi_squared`, or
+            your own.
+        z: log Z of each prompt: `running` over all draws so far, or `within_group`.
+        baseline: `at_optimum`, or `of_the_others`.
+        group: completions of each prompt in a step; at least 2 for `within_group` and `of_the_others`.
+        updates: steps on each batch.
+    """
+
+    divergence: Divergence = forward_kl
+    z: LogZ = running
+    baseline: Baseline = at_optimum
+    group: int = 8
+    updates: int = 1
+
+    def __post_init__(self) -> None:
+        least = 2 if self.z is within_group or self.baseline is of_the_others else 1
+        if self.group < least or self.updates < 1:
+            raise InputError(
+                f"group is {self.group} and updates is {self.updates}; this FDivergence needs at least {least} completions a "
+                f"prompt and 1 update"
+            )
+
+    @property
+    def claim(self) -> Claim:
+        return Claim(
+            fixed_point="p*",
+            objective=OBJECTIVES.get(self.divergence, "D_f(q||p*)"),
+            bias="1/n" if self.z is within_group else "none",
+            data="weighted",
+            source="Go et al. 2023, theorem 1",
+        )
+
+    def init(self, prompts: Prompts) -> RunningLogZ:
+        return RunningLogZ(prompts)
+
+    def observe(self, scored: Scored, state: RunningLogZ) -> None:
+        state.observe(scored)
+
+    def loss(self, forward: Forward, scored: Scored, state: RunningLogZ) -> tuple[Tensor, Info]:
+        log_q = forward.log_q.sum(-1)
+        current = log_q.detach().double()  # the weights are exponentials
+        log_z = self.z(scored, state)
+        slope = self.divergence(current - scored.log_target + log_z)
+        ratio = (current - scored.draws.log_prob).exp()
+        signal = ratio * (slope - self.baseline(self.divergence, slope, ratio, scored.draws.prompt_index))
+        return (signal * log_q).mean(), {"signal": signal.abs(), "ratio": ratio, "log_z": log_z}
+
+
+PRESETS: Mapping[str, FDivergence] = {
+    "CDPG": FDivergence(forward_kl),
+    "f-DPG-RKL": FDivergence(reverse_kl),
+    "f-DPG-JS": FDivergence(jensen_shannon),
+    "f-DPG-TV": FDivergence(total_variation),
+    "f-DPG-chi2": FDivergence(chi_squared),
+}
+"""Names from the literature: conditional DPG, and f-DPG with each divergence."""

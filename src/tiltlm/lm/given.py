@@ -1,0 +1,223 @@
+"""Completions that somebody wrote, as records: preferences and demonstrations, in TRL's columns.
+
+A completion is what the model would have said: a text by itself with an end token after it, or, in a conversation, the
+assistant's turn as the chat template writes it, up to its end token. What is longer than the prior's law allows is cut there,
+as the model would have been.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.lm.text import render, tokens_of
+from tiltlm.lm.view import View
+from tiltlm.records import Prompts, Scored, Text
+
+
+def preferences(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
+    """Rows with `prompt`, `chosen` and `rejected`, as completions with pairs between them.
+
+    Each of the three is a text or a list of messages. Where `chosen` and `rejected` are whole conversations, the prompt is what
+    they share, and needs no column. Rows with the same prompt share it.
+
+    Returns:
+        Two completions a row, with (chosen, rejected) in `pairs`. Whoever wrote them, their `log_q` is the prior's, and
+        their evidence is NaN: not known. Train with `fit(target, scored.draws.prompts, engine=DPO(), source=Given(scored))`,
+        where `target` is `prior * Preferences(beta=...)`, or the prior with a reward.
+
+    Raises:
+        InputError: naming the row and what is wrong with it.
+
+    Warns:
+        TiltWarning: how many completions were cut.
+    """
+    written = [_comparison(row, number, prior.column) for number, row in enumerate(rows, 1)]
+    return _scored(prior, written, torch.arange(2 * len(written)).view(-1, 2))
+
+
+def demonstrations(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
+    """Rows with `prompt` and `completion`, or with `messages` that end with the assistant's, as completions to learn.
+
+    Of `messages`, the last is the completion and all before it the prompt.
+
+    Returns:
+        One completion a row; `log_q` and the evidence as for `preferences`. Train with
+        `fit(target, scored.draws.prompts, engine=SFT(), source=Given(scored))`.
+
+    Raises:
+        InputError: naming the row and what is wrong with it.
+
+    Warns:
+        TiltWarning: how many completions were cut.
+    """
+    written = [_demonstration(row, number, prior.column) for number, row in enumerate(rows, 1)]
+    return _scored(prior, written, None)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A row: a prompt, texts or messages that continue it, and the row's further columns."""
+
+    number: int
+    prompt: Any
+    completions: tuple[Any, ...]
+    columns: Mapping[str, Any]
+
+
+def _comparison(row: Mapping[str, Any], number: int, column: str) -> _Written:
+    chosen, rejected = _field(row, "chosen", number), _field(row, "rejected", number)
+    rest = {name: value for name, value in row.items() if name not in (column, "chosen", "rejected")}
+    shared = 0 if _is_conversation(row.get(column)) else _shared(chosen, rejected)
+    if shared:
+        return _Written(number, list(chosen[:shared]), (chosen[shared:], rejected[shared:]), rest)
+    return _Written(number, _field(row, column, number), (chosen, rejected), rest)
+
+
+def _shared(chosen: Any, rejected: Any) -> int:
+    """How many messages two conversations begin with in common, their last ones apart; 0 for texts."""
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+        return 0
+    both = zip(chosen[:-1], rejected[:-1], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+
+
+def _demonstration(row: Mapping[str, Any], number: int, column: str) -> _Written:
+    if "messages" in row and "completion" not in row:
+        messages = row["messages"]
+        if not _is_conversation(messages) or len(messages) < 2:
+            raise InputError(f"row {number} has messages {messages!r:.60}; give at least a user's and the assistant's")
+        rest = {name: value for name, value in row.items() if name not in (column, "messages")}
+        return _Written(number, list(messages[:-1]), (messages[-1:],), rest)
+    completion = _field(row, "completion", number)
+    rest = {name: value for name, value in row.items() if name not in (column, "completion")}
+    return _Written(number, _field(row, column, number), (completion,), rest)
+
+
+def _field(row: Mapping[str, Any], name: str, number: int) -> Any:
+    if row.get(name) is None:
+        raise InputError(
+            f"row {number} has no {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}: preferences need "
+            f"prompt, chosen and rejected, demonstrations prompt and completion"
+        )
+    return row[name]
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+
+
+def _scored(prior: View, written: Sequence[_Written], pairs: Int[Tensor, "M 2"] | None) -> Scored:
+    if not written:
+        raise InputError("there are no rows: the list is empty; give at least one")
+    prompts, places = _prompts(prior, written)
+    ids: list[list[int]] = []
+    for row, place in zip(written, places, strict=True):
+        ids += [_ids(prior, prompts.texts[place], completion, row.number) for completion in row.completions]
+    limit = prior.law.max_new_tokens
+    cut = sum(len(some) > limit for some in ids)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(ids)} completions are longer than max_new_tokens = {limit} and were cut there; raise it if "
+            f"their ends matter",
+            TiltWarning,
+            stacklevel=3,
+        )
+    index = torch.tensor(places).repeat_interleave(len(written[0].completions))
+    draws = prior.complete(prompts, index, [some[:limit] for some in ids])
+    impossible = (draws.log_prob == -torch.inf).nonzero().flatten().tolist()
+    if impossible:
+        raise InputError(
+            f"completion {draws.texts[impossible[0]]!r:.80} has probability zero under the prior, so that no posterior holds it; "
+            f"leave its row out, or take a prior without top_k"
+        )
+    unknown = torch.full((len(draws),), torch.nan, dtype=torch.float64)
+    return Scored(draws, log_prior=draws.log_q, log_evidence=unknown, pairs=pairs)
+
+
+def _prompts(prior: View, written: Sequence[_Written]) -> tuple[Prompts, list[int]]:
+    """Every prompt once, and the place of each row's.
+
+    A column goes with the prompts if all rows of a prompt agree on it; one on which they differ is about the completions.
+    """
+    keys = [_key(row.prompt) for row in written]
+    first: dict[str, _Written] = {}
+    for key, row in zip(keys, written, strict=True):
+        first.setdefault(key, row)
+    shared = [
+        name
+        for name in written[0].columns
+        if all(
+            _key(row.columns.get(name)) == _key(first[key].columns.get(name))
+            for key, row in zip(keys, written, strict=True)
+        )
+    ]
+    data = [{prior.column: row.prompt, **{name: row.columns.get(name) for name in shared}} for row in first.values()]
+    order = {key: place for place, key in enumerate(first)}
+    return prior.encode(data), [order[key] for key in keys]
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
+    """A completion's tokens with the end token, before any cut."""
+    tokenizer, eos = prior.body.tokenizer, prior.body.eos
+    if prior.law.stop:
+        raise InputError(
+            f"stop is {prior.law.stop}, but given completions end with an end token; take a prior without stop strings"
+        )
+    answer = _answer(completion, number)
+    text = answer if isinstance(prompt, str) else _turn(prior, prompt, answer, number)
+    ids = tokens_of(text, tokenizer)
+    end = next((place for place, token in enumerate(ids) if token in eos), None)
+    if end is not None:
+        return ids[: end + 1]
+    if eos:
+        return [*ids, tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0]]
+    if len(ids) < prior.law.max_new_tokens:
+        raise InputError(
+            f"row {number}: completion {answer!r:.60} has {len(ids)} tokens and cannot end, because the model has no end token; "
+            f"give max_new_tokens = {prior.law.max_new_tokens} tokens"
+        )
+    return ids
+
+
+def _answer(completion: Any, number: int) -> str:
+    """The text of a completion, which may be a list with the assistant's message."""
+    if isinstance(completion, str):
+        return completion
+    if _is_conversation(completion) and len(completion) == 1 and completion[0]["role"] == "assistant":
+        return str(completion[0]["content"])
+    raise InputError(
+        f"row {number} has completion {completion!r:.80}; a completion is a text, or a list with one message of the assistant"
+    )
+
+
+def _turn(prior: View, prompt: Sequence[Mapping[str, str]], answer: str, number: int) -> str:
+    """What the chat template writes after the prompt when the assistant has answered."""
+    tokenizer = prior.body.tokenizer
+    start = render(prompt, tokenizer, number)
+    before, last = list(prompt), prompt[-1]
+    if last["role"] == "assistant":  # the prompt begins the answer
+        before, answer = before[:-1], last["content"] + answer
+    whole = render([*before, {"role": "assistant", "content": answer}], tokenizer, number, answered=True)
+    if not whole.startswith(start):
+        raise InputError(
+            f"row {number}: the chat template writes the prompt differently once it is answered, so that the answer cannot be "
+            f"told from it; give prompts and completions as plain text"
+        )
+    return whole[len(start) :]
+
+
+__all__ = ["demonstrations", "preferences"]
