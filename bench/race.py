@@ -34,6 +34,7 @@ class Runner:
     engine: str
     options: Mapping[str, Any] = field(default_factory=dict)
     replay: int = 0
+    group: int = 8
     theirs: bool = False
     seeded: bool = True
 
@@ -44,7 +45,18 @@ RUNNERS = {
     "exact gradient (no sampling)": Runner("exact-gradient", seeded=False),
     "RLOO": Runner("rloo"),
     "VarGrad": Runner("var-grad"),
-    "VarGrad, replay": Runner("var-grad", {"updates": 4}, replay=8),
+    "VarGrad, replay": Runner("var-grad", replay=28, group=4),
+    "TrajectoryBalance, replay": Runner("trajectory-balance", replay=28, group=4),
+    "PPO": Runner("ppo"),
+    "GRPO": Runner("grpo"),
+    "GRPO that reaches p*": Runner("grpo-tilt"),
+    "Reinforce": Runner("reinforce"),
+    "forward KL": Runner("f-divergence"),
+    "forward KL, replay": Runner("f-divergence", replay=28, group=4),
+    "PathConsistency, replay": Runner("path-consistency", replay=28, group=4),
+    "online DPO": Runner("dpo"),
+    "EM": Runner("em"),
+    "SFT on the best of 8": Runner("sft"),
 }
 
 
@@ -122,6 +134,7 @@ class _Race:
                 sys.executable, "race_tiltlm.py", [str(self.prior), "--engine", "judge", "--judge", str(out), *common]
             )
         extra = ["--options", json.dumps(dict(runner.options)), "--replay", str(runner.replay), "--decode", "64"]
+        extra += ["--group", str(runner.group)]
         found = self._call(sys.executable, "race_tiltlm.py", [str(self.prior), *own, *extra])
         print(f"{target}, {name}, lr {rate:g}, seed {seed}: {found['to_posterior']:.3f}", file=sys.stderr)
         return found

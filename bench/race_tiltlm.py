@@ -16,7 +16,7 @@ import tiltlm as tl
 from tiltlm.inference.catalogue import make_engine, training_engines
 from tiltlm.inference.compare import _Counted
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.source import Replay, default_source
+from tiltlm.inference.source import Decoded, Replay, default_source
 from tiltlm.posterior import exact as ex
 
 
@@ -53,6 +53,15 @@ def exact_gradient(target: Any, truth: tuple[ex.Exact, ...], lr: float, steps: i
     return policy
 
 
+def source_of(engine: Any, options: argparse.Namespace) -> Any:
+    """Every earlier draw again and again, or the engine's own; a teacher for who learns from given completions."""
+    if options.replay:
+        return Replay(options.replay, options.samples)
+    if engine.claim.data == "given":
+        return Decoded(tl.BestOfN(n=options.group))
+    return default_source(engine.claim)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -79,7 +88,7 @@ def main() -> None:
         policy = exact_gradient(target, truth, options.lr, steps)
     else:
         engine = make_engine(training_engines(), options.engine, {"group": options.group, **options.options})
-        source = Replay(options.replay, 8 * options.replay) if options.replay else default_source(engine.claim)
+        source = source_of(engine, options)
         counted = _Counted(source)
         policy = tl.fit(
             target,

@@ -39,6 +39,7 @@ PROVED = [
     FDivergence(fd.jensen_shannon),
     FDivergence(fd.total_variation),
     FDivergence(fd.chi_squared, baseline=fd.of_the_others),
+    FDivergence(fd.reverse_kl, baseline=fd.of_the_others, truncate=1.2),
 ]
 PROVED_TOO = [
     PathConsistency(length=None),
@@ -58,7 +59,7 @@ PATHS = [PathConsistency(length=2), SubTrajectoryBalance(lambda_=0.7)]
 def name(engine):
     if not isinstance(engine, FDivergence):
         return str(engine)
-    return f"{engine.divergence.__name__}-{engine.z.__name__}-{engine.baseline.__name__}"
+    return f"{engine.divergence.__name__}-{engine.z.__name__}-{engine.baseline.__name__}-{engine.truncate:g}"
 
 
 @pytest.mark.parametrize(
@@ -235,9 +236,12 @@ def padded(table):
 # --- zero at p* ---
 
 
-@pytest.mark.parametrize("engine", [FDivergence(d) for d in DIVERGENCES], ids=name)
-def test_at_p_star_no_draw_of_any_law_has_a_signal(engine):
-    """With f'(1) as the baseline; the suite looks at the policy's own draws only."""
+@pytest.mark.parametrize("truncate", [math.inf, 1.5])
+@pytest.mark.parametrize("baseline", [fd.at_optimum, fd.of_the_others], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: d.__name__)
+def test_at_p_star_no_draw_of_any_law_has_a_signal(divergence, baseline, truncate):
+    """The suite looks at the policy's own draws only."""
+    engine = FDivergence(divergence, baseline=baseline, truncate=truncate)
     world = small_language()
     exact = ex.posterior(world.target, world.prompts)
     state = RunningLogZ(world.prompts)
@@ -434,11 +438,11 @@ class RewardForgotten(SubTrajectoryBalance):
 
 
 class Unbiased(FDivergence):
-    """A group that is its own normaliser, and says that this costs nothing."""
+    """A bias that is said to be none."""
 
     @property
     def claim(self):
-        return replace(super().claim, bias="none")
+        return replace(super().claim, bias="none", objective=fd.OBJECTIVES[self.divergence])
 
 
 def doubled_z(scored, state):
@@ -461,6 +465,7 @@ REFUTED = {
     "PCL with a discount": Discounted(length=1),
     "SubTB without the reward": RewardForgotten(),
     "within the group, forward KL": Unbiased(fd.forward_kl, z=fd.within_group),
+    "truncated weights": Unbiased(fd.reverse_kl, truncate=1.2),
     "within the group, JS": Unbiased(fd.jensen_shannon, z=fd.within_group),
 }
 
@@ -611,6 +616,8 @@ def test_draws_of_an_unknown_law_are_refused_where_the_law_counts():
         (lambda: FDivergence(group=1, z=fd.within_group), "at least 2 completions"),
         (lambda: FDivergence(group=1, baseline=fd.of_the_others), "at least 2 completions"),
         (lambda: FDivergence(updates=0), "updates is 0"),
+        (lambda: FDivergence(truncate=0.5), "truncate is 0.5"),
+        (lambda: FDivergence(truncate=math.nan), "truncate is nan"),
     ],
 )
 def test_senseless_settings(make, message):

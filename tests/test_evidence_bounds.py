@@ -55,8 +55,8 @@ def test_without_resampling_they_are_the_two_sides_of_iwae(rng):
     """Two draws of the prior on fixture A: .749584 and 1.787207, as `test_certificate` enumerates."""
     world = fixture_a()
     exact = ex.posterior(world.target, world.prompts)
-    engine = SMC(particles=2, repeats=1500, rows=10_000)
-    found = log_z_bounds(world.target, world.prompts, engine, samples_of(exact, 1500, rng), rng)
+    engine = SMC(particles=2, repeats=3000, rows=10_000)
+    found = log_z_bounds(world.target, world.prompts, engine, samples_of(exact, 3000, rng), rng)
     (lower,), (upper,) = found.lower, found.upper
     assert abs(lower.value - 0.749584) < 4 * lower.stderr < 0.1
     assert abs(upper.value - 1.787207) < 4 * upper.stderr < 0.1
@@ -106,7 +106,7 @@ def test_certify_takes_the_engines_bounds(world, exact, rng):
     """The interval of KL(q || p*) holds the truth; log Z is bounded more closely than by the sampler's own draws."""
     truth = ex.kl(exact.log_prior, exact.log_posterior)
     engine = SMC(particles=16, twist=table_twist(soft_values(exact)), repeats=6)
-    repetitions, inside, widths, of_log_z = 20, 0, [0.0, 0.0], [0.0, 0.0]
+    repetitions, inside, widths, of_log_z = 10, 0, [0.0, 0.0], [0.0, 0.0]
     for seed in range(repetitions):
         prior_draws = world.target.score(world.prior.draw(world.prompts, 48, torch.Generator().manual_seed(seed)))
         for number, given in enumerate((None, engine)):

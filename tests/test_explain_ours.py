@@ -66,9 +66,10 @@ def test_the_verdict_agrees_with_the_claim(name):
         assert found.beta != BETA
     if not isinstance(ENGINES[name], GRPO | PPO | RLOO | Reinforce):
         assert found.fixed_point == claim.fixed_point.replace("pi0", "π0")
-        about = next(finding for finding in found.findings if finding.field == "engine")
-        assert claim.objective.replace("pi0", "π0") in about.says
-        assert claim.source in about.formula
+    about = next(finding for finding in found.findings if finding.field == "engine")
+    for part in (claim.fixed_point, claim.objective, f"bias {claim.bias}", f"data {claim.data}"):
+        assert part.replace("pi0", "π0") in about.says
+    assert claim.source in about.formula
     assert found.source == f"TiltLM {name}"
     assert len(str(found).splitlines()) <= 40
     json.dumps(found.as_dict())
@@ -119,15 +120,17 @@ def test_every_combination_of_behaviours_agrees_with_its_claim(small):
             assert law.beta != small.beta
         else:
             assert not re.fullmatch(r"p\*( at [\d.]+·β)?", law.name), (engine, law)
-            withheld += any("the engine claims" in reason for reason in objective.unmodelled)
+            if any("the engine claims" in reason for reason in objective.unmodelled):
+                in_batches = isinstance(engine, GRPO) and engine.aggregate is aggregate.token_mean
+                assert in_batches or claim.objective.startswith("not known"), engine
+                withheld += 1
     assert agreed > 100
-    assert 0 < withheld < 200, "the claim has the last word where explain's law is one of large batches, and only there"
+    assert withheld > 0, "where explain's law is one of large batches, the claim has the last word"
 
 
 @pytest.mark.parametrize(
     ("engine", "where"),
     [
-        (GRPO(advantage=advantages.centred), "own-token"),
         (GRPO(advantage=advantages.centred, aggregate=aggregate.total, kl=kl_terms.k3), "own-token forward-KL law"),
         (GRPO(advantage=advantages.centred, aggregate=aggregate.total, kl=kl_terms.k3_corrected), "own-token-KL law"),
         (GRPO(advantage=advantages.leave_one_out, aggregate=aggregate.total, kl=kl_terms.exact), "own-token-KL law"),
@@ -135,7 +138,10 @@ def test_every_combination_of_behaviours_agrees_with_its_claim(small):
         (GRPO(advantage=advantages.leave_one_out, kl=kl_terms.k2), "length-weighted own-token-KL law"),
         (GRPO(advantage=advantages.leave_one_out, kl=kl_terms.k2, level=kl_terms.by_sequence), "length-tilted p*"),
         (GRPO(kl=kl_terms.k2, level=kl_terms.by_sequence, aggregate=aggregate.total), "p* at a β"),
-        (GRPO(advantage=advantages.standardised_population, kl=kl_terms.k3, aggregate=aggregate.constant_length), "own"),
+        (
+            GRPO(advantage=advantages.standardised_population, kl=kl_terms.k3, aggregate=aggregate.constant_length),
+            "own",
+        ),
         (GRPO(kl=kl_terms.k3, level=kl_terms.by_sequence, aggregate=aggregate.total), "forward-KL law at a β"),
         (GRPO(), "unknown"),
     ],
@@ -149,9 +155,10 @@ def test_the_engine_and_its_words_settle_at_the_same_law(small, engine, where):
     assert where in law_of(objective).name
     assert gap(implied_law(objective, small), settled) < 1e-7
     assert gap(settled, small.log_posterior) > 1e-4
-    other = replace(objective, group=2) if objective.scale == "group std" else replace(objective, length="sum")
-    if other != objective and objective.length != "constant":
-        assert gap(implied_law(other, small), settled) > 1e-4, "another group or length settles elsewhere"
+    if objective.scale == "group std":
+        assert gap(implied_law(replace(objective, group=2), small), settled) > 1e-4, "another group settles elsewhere"
+    elif law_of(objective).name.startswith("length"):
+        assert gap(implied_law(replace(objective, length="sum"), small), settled) > 1e-4, "so does another length"
 
 
 @pytest.mark.parametrize("name", [name for name, engine in ENGINES.items() if isinstance(engine, GRPO | PPO)])
@@ -163,10 +170,6 @@ def test_presets_settle_where_their_words_do(small, name):
     settled = None if coarse else engine.settles_at(small)
     if settled is None:
         assert coarse or engine.claim.fixed_point == "none"
-        return
-    if name == "grpo":  # 0.04 is too little for this language: its updates run away
-        with pytest.raises(InputError):
-            implied_law(objective, small)
         return
     assert gap(implied_law(objective, small), settled) < 1e-7
 
@@ -187,8 +190,8 @@ def test_k3_in_reward_and_loss_is_the_product_rule(small):
     objective = policy_gradients.objective_of(engine, small.beta)
     assert law_of(objective).name == "p*"
     assert gap(implied_law(objective, small), laws.tilted(small, small.beta)) < 1e-9
-    half = replace(objective, loss_kl=None)
-    assert gap(implied_law(half, small), small.log_posterior) > 1e-3
+    for half in (replace(objective, loss_kl=None), replace(objective, reward_kl=None)):
+        assert float(drift(half, small, tree(small), small.log_posterior).abs().max()) > 1e-3
 
 
 # --- recipes ---
@@ -234,7 +237,9 @@ def test_a_shrunken_reward_is_a_multiple_of_the_plan_s_beta():
     assert "exp(r/1.33333·β)" not in found.formula, "the product is in brackets"
     assert "exp(r/(1.33333·β))" in found.formula
     with pytest.raises(InputError, match="left to the plan"):
-        explain({"engine": "rloo", "kl_budget": 0.5}, exact=ex.posterior(small_language().target, small_language().prompts))
+        explain(
+            {"engine": "rloo", "kl_budget": 0.5}, exact=ex.posterior(small_language().target, small_language().prompts)
+        )
 
 
 def test_figures_are_compared_with_p_star_at_the_recipe_s_beta(small):
@@ -331,9 +336,9 @@ def test_no_key_of_a_recipe_is_called_a_misspelling():
     everything = defaults | {"model": "a", "engine": "rloo", "options": {}, "beta": BETA}
     assert explain(everything).suggestions == ()
     assert set(ours.OPTIONS) <= set(Recipe.model_fields)
-    assert all(
-        option.default == defaults[name] for name, option in ours.OPTIONS.items() if name not in {"options"}
-    ), "the recipe's defaults are explain's"
+    assert all(option.default == defaults[name] for name, option in ours.OPTIONS.items() if name not in {"options"}), (
+        "the recipe's defaults are explain's"
+    )
     assert explain({"engine": "rloo", "beta": BETA, "temprature": 0.7}).suggestions == (("temprature", "temperature"),)
 
 

@@ -97,8 +97,7 @@ def test_without_the_lengths_the_stationary_law_is_another(world, exact):
     ids=lambda e: type(e).__name__,
 )
 def test_false_kernels_are_refuted(engine):
-    with pytest.raises(ClaimRefuted, match="stationary law"):
-        check_engine(engine)
+    assert not all(check.passed for check in kernel_checks(engine))
 
 
 def test_sampling_that_strays_from_its_kernel_is_refuted():

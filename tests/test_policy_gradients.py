@@ -114,7 +114,26 @@ CLAIMS = {
 }
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+SLOW = {
+    "reinforce",
+    "ppo",
+    "standardised total, to go",
+    "lengths",
+    "reinforce, no baseline, to go",
+    "rloo, to go",
+    "ppo, lambda",
+    "ppo, whitened",
+    "ppo, rao-blackwell, lambda",
+    "ppo, gamma",
+    "k2 of sequences",
+    "k3 in both",
+    "k3 corrected, by token",
+    "exact in the loss",
+}
+"""Of the claims, those whose parts another one proves too."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CLAIMS])
 def test_claim_is_proved(name):
     for check in check_engine(CLAIMS[name]):
         print(check)
@@ -783,9 +802,9 @@ def test_refuted_means_raised():
         check_engine(FALSE["no KL"])
 
 
+@pytest.mark.slow
 def test_the_right_settings_with_the_same_claims_are_not():
     """The controls fail for what is changed in them, not for how they are made."""
-    check_engine(plain(SaysItIsUnbiased, kl=k1, place=in_reward))
     check_engine(plain(SaysItIsUnbiased, kl=k2, level=by_sequence))
     check_engine(PPOSaysItIsUnbiased())
 
@@ -796,20 +815,21 @@ def test_the_right_settings_with_the_same_claims_are_not():
 TRAINED = {
     "reinforce": Reinforce(baseline=of_earlier_draws),
     "rloo": RLOO(),
-    "rloo, rao-blackwell": RLOO(kl=rao_blackwell, credit=to_go),
     "ppo": PPO(updates=2, max_length=5),
     "grpo-tilt": grpo.PRESETS["grpo-tilt"],
+    "rloo, rao-blackwell": RLOO(kl=rao_blackwell, credit=to_go),
 }
-FALLS = {"reinforce": 200, "rloo": 150, "rloo, rao-blackwell": 20, "ppo": 100, "grpo-tilt": 150}
-"""By how much KL(q||p*) falls at least; measured: 430, 316, 35, 194, 316."""
+STEPS = 100
+FALLS = {"reinforce": 50, "rloo": 40, "ppo": 12, "grpo-tilt": 40, "rloo, rao-blackwell": 8}
+"""By how much KL(q||p*) falls at least; measured: 118, 98, 26, 98, 17."""
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*list(TRAINED)[:-1], pytest.param(list(TRAINED)[-1], marks=pytest.mark.slow)])
 def test_training_goes_to_the_posterior(name):
     world = fixture_b()
     listed = ex.posterior(world.target, world.prompts)
     engine = replace(TRAINED[name], group=32)
-    policy = tl.fit(world.target, world.prompts, engine, lora=None, steps=150, batch=1, lr=0.1, seed=0)
+    policy = tl.fit(world.target, world.prompts, engine, lora=None, steps=STEPS, batch=1, lr=0.1, seed=0)
     law = listed.log_prob(policy)
     start, end = ex.kl(listed.log_prior, listed.log_posterior), ex.kl(law, listed.log_posterior)
     print(f"{name}: KL(q||p*) from {start:.4f} to {end:.4f}")

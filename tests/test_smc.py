@@ -19,7 +19,7 @@ from tiltlm.lm.walk import ModelWalk
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Weighted
-from tiltlm.testing import ClaimRefuted, check_engine, fixture_a, fixture_b, posterior_policy, small_language
+from tiltlm.testing import check_engine, fixture_a, fixture_b, posterior_policy, small_language
 from tiltlm.testing.decoding import _particle_sampling_check, enumerated_law
 from tiltlm.testing.particles import (
     ALWAYS,
@@ -28,6 +28,7 @@ from tiltlm.testing.particles import (
     TableTwist,
     ancestor_law,
     another_law,
+    particle_checks,
     rough_twist,
     table_twist,
     three_steps,
@@ -192,8 +193,8 @@ def test_false_claims_are_refuted(world, exact):
     class Exact(SMC):
         claim = Claim(fixed_point="p*", objective="law", bias="none")
 
-    with pytest.raises(ClaimRefuted, match="resampled at the end is p\\*"):
-        check_engine(Exact())
+    first = next(check for check in particle_checks(Exact()) if not check.passed)
+    assert first.name == "law of a completion resampled at the end is p*"
 
     class Unweighted(SMC):
         def sample(self, target, prompts, *, proposal=None, rng):
@@ -401,19 +402,19 @@ def test_quasi_rejection_says_what_it_costs(world, exact, rng):
     """Acceptance and total variation, estimated from its own draws, are those of the enumerated law."""
     weight = exact.scored.log_evidence.exp()
     for log_bound in (-0.5, 0.5, 3.0):
-        engine = QuasiRejection(n=20_000, log_bound=log_bound)
+        engine = QuasiRejection(n=6000, log_bound=log_bound)
         weighted = engine.sample(world.target, world.prompts, rng=rng)
         rate = float((exact.log_prior.exp() * (weight / math.exp(log_bound)).clamp(max=1)).sum())
         distance = ex.total_variation(engine.settles_at(exact), exact.log_posterior)
-        assert weighted.diagnostics["acceptance"].item() == pytest.approx(rate, abs=0.01)
-        assert weighted.diagnostics["total_variation"].item() == pytest.approx(distance, abs=0.01)
+        assert weighted.diagnostics["acceptance"].item() == pytest.approx(rate, abs=0.02)
+        assert weighted.diagnostics["total_variation"].item() == pytest.approx(distance, abs=0.02)
         assert float((weighted.log_w > -torch.inf).double().mean()) == pytest.approx(rate, abs=0.02)
     assert distance == pytest.approx(0, abs=1e-12)
 
 
 def test_quasi_rejection_corrects_any_proposal(world, exact, rng):
     proposal = another_law(world, exact)
-    weighted = QuasiRejection(n=20_000, log_bound=5.0).sample(world.target, world.prompts, proposal=proposal, rng=rng)
+    weighted = QuasiRejection(n=10_000, log_bound=5.0).sample(world.target, world.prompts, proposal=proposal, rng=rng)
     kept = weighted.kept().scored.draws
     number = {x: k for k, x in enumerate(exact.completions)}
     which = torch.tensor([number[tuple(t[m].tolist())] for t, m in zip(kept.tokens, kept.mask, strict=True)])
@@ -472,3 +473,16 @@ def test_random_chance_follows_its_generator(world, exact):
     free = torch.ones(6, dtype=torch.bool)
     assert torch.equal(chance[0].tokens(log_probs, free), chance[1].tokens(log_probs, free))
     assert Importance(4).claim.fixed_point == SMC().claim.fixed_point
+
+
+def test_a_critic_serves_as_proposal_and_as_twist(world, exact):
+    """A critic with arbitrary weights, on its own and together with the prior: unbiased by enumeration."""
+    critic = world.prior.critic(lora=None)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in critic.named_parameters().values():
+            weight.add_(0.5 * torch.randn_like(weight))
+    for proposal in (world.prior, critic):
+        found = Every(SMC(particles=2, twist=critic, threshold=ALWAYS), world, exact, proposal)
+        assert found.run.resampled.any()
+        assert found.gap < 1e-6, "the critic's head is in single precision"

@@ -236,14 +236,13 @@ def gemma():
     return Gemma2ForCausalLM(config).eval()
 
 
-def shaken(critic, size=0.3, only=""):
+def shaken(critic, size=0.3):
     """The critic with noise on its weights, its target network left where it is."""
     with torch.no_grad():
         for number, (name, value) in enumerate(critic.named_parameters().items()):
-            if only in name:
-                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
-                unit = float(critic.head.unit) if "tilt" in name else 1.0
-                value.add_(size * noise.to(value.dtype) * unit / 10)
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+            unit = float(critic.head.unit) if "tilt" in name else 1.0
+            value.add_(size * noise.to(value.dtype) * unit / 10)
     return critic
 
 
@@ -263,7 +262,7 @@ def critic(request):
     critic = prior.critic(lora=lora, seed=3)
     shaken(critic)
     critic.refresh_target(1.0)
-    return shaken(critic, only="head")
+    return shaken(critic)
 
 
 def prompts_of(critic):
@@ -314,6 +313,27 @@ def test_every_field_against_the_whole_vocabulary(critic):
                 assert abs(float(got - value)) < 1e-4, (name, t, float(got), float(value))
             told_apart |= bool(target[q.argmax()] < target.max() - 0.01)
     assert told_apart or vocabulary == 3  # the target network's best token is another than the critic's somewhere
+
+
+def test_tokens_that_the_prior_rules_out_do_not_count():
+    """Against the backups of the exact tree, which lists what is possible and nothing else."""
+    world = fixture_b()
+    critic, tree = shaken(world.prior.critic(lora=None), size=3.0), tree_of(world)
+    critic.refresh_target(1.0)
+    draws = replace(tree.exact.scored.draws, sampler="")
+    with torch.no_grad():
+        forward = critic.forward(draws, EVERYTHING)
+        again = critic.forward(draws, frozenset({"q"}))
+    q = tree.gathered(forward.q.double())
+    log_prior, by_state = tree.by_state(tree.log_prior), tree.by_state(q)
+    for name, backup in (("soft_target", soft_backup), ("max_target", max_backup), ("double_target", max_backup)):
+        expected = tree.completions(backup(log_prior, by_state)[tree.state_of])
+        assert_close(getattr(forward, name).double(), expected, atol=1e-5, rtol=0)
+    assert_close(forward.log_q, tree.completions(tree.log_tilted(q)), atol=1e-5, rtol=0)
+    assert_close(again.q, forward.q)
+    prior = torch.tensor([[0.5, -torch.inf, 1.0]], dtype=torch.float64)
+    look = critic.look(prior + 1.0, prior, critic.head)  # as of an adapter, where logits are the features
+    assert_close(look.direction.isfinite().all(), torch.tensor(True))
 
 
 def test_only_what_was_asked_for_has_a_gradient(critic):

@@ -141,8 +141,8 @@ class Prior(Sampler, Protocol):
         """A trainable policy that starts at this prior, or at the adapter in `start`; with a value head if asked for."""
         ...
 
-    def critic(self, *, lora: Any = ..., seed: int = 0) -> Policy:
-        """A trainable Q-function; as a sampler it is the prior tilted by it, pi0(a|s) exp Q(s, a) normalised."""
+    def critic(self, *, lora: Any = ..., start: str | Path | None = None, seed: int = 0) -> Policy:
+        """A trainable Q-function, new or from a folder; as a sampler it is the prior tilted by it, pi0(a|s) exp Q(s, a)."""
         ...
 
 

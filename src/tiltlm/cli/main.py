@@ -194,13 +194,16 @@ def explain(
         str | None,
         typer.Option("--format", help="tiltlm, trl, openrlhf or verl; by default it is recognised", show_default=False),
     ] = None,
+    p0: Annotated[
+        float, typer.Option("--p0", help="the prior's rate of success, for figures about rewards of 0 or 1")
+    ] = 0.2,
     json_file: Json = None,
 ) -> None:
     """Say what distribution a reinforcement-learning configuration really converges to."""
     from tiltlm.explain import explain as explained
 
     _require_writable(json_file)
-    found = explained(config, format=kind)
+    found = explained(config, format=kind, p0=p0)
     console.print(str(found), highlight=False, markup=False, soft_wrap=True)
     _write_json(json_file, found.as_dict())
 

@@ -154,8 +154,9 @@ def certify(
             that rejection accepts are exact posterior samples for nothing.
         exact_budget: most further prior draws for each prompt that has fewer than two exact samples.
         engine: bounds log Z by its runs instead of by the sampler's draws: `engine.repeats` free ones a prompt (at least 2), and
-            as many given an exact sample. It pays where the sampler is far from the posterior and the engine has a twist. The
-            engine draws from the sampler.
+            as many given an exact sample, all with the sampler as proposal. With a good twist they bound log Z more closely,
+            and hold where the sampler's own weights are too heavy-tailed; but the ELBO's error, which the sampler's own bounds
+            share and so cancel, then counts in full: give more samples.
 
     Raises:
         InputError: if no completion has a usable reward.
@@ -255,7 +256,7 @@ def _assemble(
     pooled = sum(spreads) / len(spreads) if spreads else None
     bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
     if by_engine is not None:
-        bounds = [with_log_z(b, *sides) for b, *sides in zip(bounds, by_engine.lower, by_engine.upper, strict=True)]
+        bounds = [with_log_z(*three) for three in zip(bounds, by_engine.lower, by_engine.upper, strict=True)]
     texts = [t if isinstance(t, str) else str(t[-1]["content"]) for t in prompts.texts]
     per_prompt = tuple(
         PromptCertificate(texts[p], float(reward[index == p].mean()), float(kl_prior[index == p].mean()), bounds[p])
@@ -306,7 +307,9 @@ def _log_z(values: list[float], elbo: Estimate, gap: Estimate, kind: Any) -> Est
     return Estimate(sum(values) / len(values), math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
 
 
-def _upper(by_engine: LogZBounds | None, bounds: list[Bounds], elbo: Estimate, high: Estimate | None) -> Estimate | None:
+def _upper(
+    by_engine: LogZBounds | None, bounds: list[Bounds], elbo: Estimate, high: Estimate | None
+) -> Estimate | None:
     if by_engine is not None:
         return by_engine.mean_upper
     return _log_z([b.log_z_high for b in bounds], elbo, high, "upper") if high else None

@@ -1,6 +1,7 @@
 """What distribution an RL configuration really converges to.
 
-explain("grpo.yaml")                      # a TRL, verl or TiltLM file, or an OpenRLHF or verl command line
+explain("recipes/film.yaml")              # one of our recipes
+explain("grpo.yaml")                      # a TRL or verl file, or an OpenRLHF or verl command line
 explain(GRPOConfig(beta=0.04))            # the object itself
 print(explain({"engine": "rloo", "beta": 0.1}))
 """
@@ -18,7 +19,7 @@ from tiltlm.errors import InputError
 from tiltlm.explain.closed_form import Law, law_of
 from tiltlm.explain.fixed_points import RestPoints, rest_points
 from tiltlm.explain.implied import implied_law
-from tiltlm.explain.objective import KLTerm, Objective, PairLoss, Sampling
+from tiltlm.explain.objective import Claimed, KLTerm, Objective, PairLoss, Sampling
 from tiltlm.explain.readers import openrlhf, ours, trl, verl
 from tiltlm.explain.readers.reading import Reading
 from tiltlm.explain.rules.finding import Finding
@@ -50,7 +51,7 @@ def explain(config: Any, *, format: str | None = None, p0: float = 0.2, exact: E
         InputError: if it is none of these, or holds a value of the wrong kind.
     """
     if isinstance(config, Objective | PairLoss):
-        return verdict(Reading(config, "", {}), p0, exact)
+        return verdict(Reading(config, config.beta, "", {}), p0, exact)
     if format is not None and format not in FORMATS:
         raise InputError(f"format is {format!r}; choose {', '.join(FORMATS)}")
     content = _content(config)
@@ -121,6 +122,7 @@ def _called(config: Any) -> str:
 
 __all__ = [
     "FORMATS",
+    "Claimed",
     "Explanation",
     "Finding",
     "KLTerm",

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tiltlm.explain.objective import KLTerm, Objective, PairLoss
+from tiltlm.explain.objective import Claimed, KLTerm, Objective, PairLoss
 
 Direction = Literal["none", "reverse", "forward", "own-token reverse", "own-token forward", "unknown"]
 
@@ -31,8 +31,10 @@ class Law:
     beta: float | None = None
 
 
-def law_of(objective: Objective | PairLoss) -> Law:
+def law_of(objective: Objective | PairLoss | Claimed) -> Law:
     """The law that `objective` settles at, as far as a closed form is known."""
+    if isinstance(objective, Claimed):
+        return _claimed_law(objective)
     return _pair_law(objective) if isinstance(objective, PairLoss) else _gradient_law(objective)
 
 
@@ -50,11 +52,15 @@ def _gradient_law(objective: Objective) -> Law:
     )
     if reasons or (objective.kl_target is not None and towards != "reverse"):
         return Law("unknown", f"not known in closed form: {'; '.join(reasons or ('a controller moves β',))}")
-    if objective.kl_target is None:
-        return _settled(objective, towards)
-    return Law(
-        "p* at the controller's β", f"π ∝ π0·exp(r/β†), β† such that KL(π‖π0) meets the target {objective.kl_target:g}"
-    )
+    return _settled(objective, towards) if objective.kl_target is None else _controlled(objective)
+
+
+def _controlled(objective: Objective) -> Law:
+    """Where a controller moves beta until the KL is its target."""
+    until = f"such that KL(π‖π0) meets the target {objective.kl_target:g}"
+    if objective.gamma != 1:
+        return Law("discounted soft law at the controller's β", f"{_settled(objective, 'reverse').formula}; β {until}")
+    return Law("p* at the controller's β", f"π ∝ π0·exp(r/β†), β† {until}")
 
 
 # --- which divergence the KL terms descend ---
@@ -102,9 +108,9 @@ def _slope_of_reward(term: KLTerm | None) -> Direction:
 
 
 def _cancels(objective: Objective) -> bool:
-    """k3 of the completion in reward and loss alike: what each misses is what the other adds."""
+    """k3 in reward and loss alike, which is the product rule: what each misses is what the other adds."""
     reward, loss = objective.reward_kl, objective.loss_kl
-    if reward is None or loss is None or loss.corrected or reward.level != "sequence" or loss.level != "sequence":
+    if reward is None or loss is None or loss.corrected or reward.level != loss.level:
         return False
     unbiased = reward.estimator == loss.estimator == "k3" and reward.beta == loss.beta
     return unbiased and objective.scale == "none" and objective.policy_scale == 1 and shrinkage(objective) == 1
@@ -187,8 +193,9 @@ def _settled(objective: Objective, towards: Direction) -> Law:
     prior, reward = symbols(objective)
     beta = effective_beta(objective)
     divisor, per_prompt = _divisor(objective)
-    shown = f"({beta:.6g}·{divisor})" if divisor else f"{beta:.6g}"
-    known = None if divisor else beta
+    shown = f"{objective.amount(beta)}·{divisor}" if divisor else objective.amount(beta)
+    shown = f"({shown})" if "·" in shown else shown
+    known = None if divisor or objective.unit else beta
     if objective.gamma != 1:
         formula = f"π(a|h) ∝ {prior}(a|h)·exp(γV(ha)/β), V(h) = β·log E_{prior}[exp(γV(ha)/β)], β = {shown}"
         return Law(
@@ -223,7 +230,7 @@ _NAMES = {
 
 def symbols(objective: Objective) -> tuple[str, str]:
     """How the prior and the reward of the law are written: tempered, clipped, shaped."""
-    prior = "π0" if objective.scoring_temperature == 1 else f"π0^[T={objective.scoring_temperature:g}]"
+    prior = _prior(objective.scoring_temperature)
     reward = f"(r + {' + '.join(objective.shaping)})" if objective.shaping else "r"
     if objective.reward_clip is not None:
         inside = reward if objective.baseline_on == "total" else f"{reward} − b"  # centred before it is clipped
@@ -231,8 +238,14 @@ def symbols(objective: Objective) -> tuple[str, str]:
     return prior, reward
 
 
+def _prior(temperature: float) -> str:
+    return "π0" if temperature == 1 else f"π0^[T={temperature:g}]"
+
+
 def _name(towards: Direction, prior: str, objective: Objective, per_prompt: bool, divisor: str) -> str:
     at = " at a β of each prompt's own" if per_prompt else f" at β·{divisor}" if divisor else ""
+    if objective.unit and not at and effective_beta(objective) != 1:
+        at = f" at {objective.amount(effective_beta(objective))}"
     if towards != "reverse":
         return f"{_NAMES[towards]}{at}"
     changed = []
@@ -272,11 +285,14 @@ def _per_length(
     base = f"E_π {reward}" if centred else "b"
     bonus = "κ = β·KL(π‖π0)/E_π|x|" if centred and towards == "reverse" else "κ such that π sums to 1"
     bonus += "" if centred else ", b the baseline"
+    # The KL of a whole state is weighed by what the state expects, a token's own by what follows the token.
+    whole = objective.loss_kl is not None and objective.loss_kl.estimator == "full"
+    weight = "E_π[1/|x| | h]" if whole else "E_π[1/|x| | h,a]"
     formulas = {
         "reverse": f"π = {prior}·exp(({reward} − {base} + κ|x|)/{shown}), {bonus}",
         "forward": f"π = {prior} / (1 − ({reward} − {base} + κ|x|)/{shown}), {bonus}",
-        "own-token reverse": f"log π/{prior}(a|h) = (E_π[A/|x| | h,a] − c(h)) / ({shown}·E_π[1/|x| | h,a]), A = {reward} − {base}",
-        "own-token forward": f"{shown}·E_π[1/|x| | h,a]·(1 − {prior}/π(a|h)) = E_π[A/|x| | h,a] − c(h), A = {reward} − {base}",
+        "own-token reverse": f"log π/{prior}(a|h) = (E_π[A/|x| | h,a] − c(h)) / ({shown}·{weight}), A = {reward} − {base}",
+        "own-token forward": f"{shown}·{weight}·(1 − {prior}/π(a|h)) = E_π[A/|x| | h,a] − c(h), A = {reward} − {base}",
     }
     names = {
         "reverse": "length-tilted p*",
@@ -291,12 +307,10 @@ def _moving(objective: Objective, towards: Direction) -> Law:
     every, mix = objective.sync_every, objective.sync_mix
     if towards != "reverse" or without_closed_form(objective):
         return Law("none", f"the reference follows the policy every {every} steps, so the target keeps moving")
-    beta = effective_beta(objective)
+    shown = objective.amount(effective_beta(objective))
     if mix == 1:
-        return Law(
-            "none", f"after k rounds π ∝ π0·exp(k·r/{beta:.6g}): temperature {beta:.6g}/k, which ends in collapse"
-        )
-    formula = f"after k updates about π ∝ π0·exp((1 + {mix:g}·k)·r/{beta:.6g}) (exact for a mix of log-probabilities)"
+        return Law("none", f"after k rounds π ∝ π0·exp(k·r/{shown}): temperature {shown}/k, which ends in collapse")
+    formula = f"after k updates about π ∝ π0·exp((1 + {mix:g}·k)·r/{shown}) (exact for a mix of log-probabilities)"
     return Law("none", f"{formula}, which ends in collapse")
 
 
@@ -314,3 +328,16 @@ def _pair_law(pair: PairLoss) -> Law:
             "none", "labels that only compare rewards are certain, so every margin grows: π → the highest reward"
         )
     return Law("p*", f"π ∝ π0·exp(r/{pair.beta:g}), r the Bradley–Terry reward behind the labels", pair.beta)
+
+
+def _claimed_law(claimed: Claimed) -> Law:
+    if claimed.refused:
+        return Law("none", f"not trained: {claimed.refused}")
+    if claimed.fixed_point != "p*":
+        objective = claimed.claim.objective.replace("pi0", "π0")
+        formula = objective if claimed.fixed_point == "none" else f"where this is least: {objective}"
+        return Law(claimed.fixed_point.replace("pi0", "π0"), formula)
+    prior = _prior(claimed.temperature)
+    name = "p*" if claimed.temperature == 1 else f"p* of the prior at temperature {claimed.temperature:g}"
+    shown = "β" if claimed.beta is None else f"{claimed.beta:.6g}"
+    return Law(name, f"π(x|c) ∝ {prior}(x|c)·exp(r/{shown})", claimed.beta)

@@ -5,16 +5,16 @@ The statements are those that the enumeration tests prove (tests/test_explain_la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from tiltlm.explain.objective import Objective, PairLoss
+from tiltlm.explain.objective import Claimed, Objective, PairLoss, Sampling
 from tiltlm.explain.rules import advantage, kl, target, update
 from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Case, Finding
 
 RULES = (*kl.RULES, *advantage.RULES, *update.RULES, *target.RULES)
 
 
-def findings(objective: Objective | PairLoss, p0: float = 0.2) -> tuple[Finding, ...]:
+def findings(objective: Objective | PairLoss | Claimed, p0: float = 0.2) -> tuple[Finding, ...]:
     """Everything there is to say of an objective, what changes the target first.
 
     Args:
@@ -22,8 +22,16 @@ def findings(objective: Objective | PairLoss, p0: float = 0.2) -> tuple[Finding,
     """
     if isinstance(objective, PairLoss):
         return tuple(_pair_findings(objective))
+    if isinstance(objective, Claimed):
+        law = Objective(sampling=Sampling(objective.temperature), scoring_temperature=objective.temperature)
+        tempered = target.temperature(Case(law))
+        return () if tempered is None or objective.refused else (tempered,)
     case = Case(objective, p0)
-    found = [finding for rule in RULES if (finding := rule(case)) is not None]
+    return by_severity(finding for rule in RULES if (finding := rule(case)) is not None)
+
+
+def by_severity(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """What changes the target first."""
     return tuple(sorted(found, key=lambda finding: (TARGET, NOISE, FINE).index(finding.severity)))
 
 

@@ -20,7 +20,7 @@ from tiltlm.explain.objective import KLTerm, Objective
 from tiltlm.explain.tree import Tree, tree
 from tiltlm.posterior.exact import Exact
 
-TOLERANCE = 1e-13
+TOLERANCE = 1e-12
 STEPS = 4_000
 TUPLES = 200_000
 """Groups that may be listed when the advantage depends on the whole group."""
@@ -42,7 +42,7 @@ def implied_law(
     require_modelled(objective)
     branches = tree(exact)
     law = exact.log_prior if start is None else start
-    rate, size = 0.5, math.inf
+    rate, highest, size = 0.5, 0.9, math.inf
     wanted = drift(objective, exact, branches, law)
     for _ in range(steps):
         size = float(wanted.abs().max()) / objective.beta
@@ -52,10 +52,13 @@ def implied_law(
         step = (rate * wanted / objective.beta).clamp(-0.5, 0.5)
         trial = branches.law(mass - mass[branches.parent] + step)
         new = drift(objective, exact, branches, trial)
-        if float(new.abs().max()) > 1.5 * float(wanted.abs().max()) and rate > 1e-4:
+        growth = float(new.abs().max()) / float(wanted.abs().max())
+        if not growth < 1.5 and rate > 1e-4:
             rate /= 2
             continue
-        rate = min(rate * 1.02, 0.9)
+        if growth > 1 and size > 10 * TOLERANCE:  # going round; below, it may be rounding
+            highest = max(0.9 * highest, 0.02)
+        rate = min(rate * 1.02, highest)
         law, wanted = trial, new
     raise InputError(
         f"the objective did not settle in {steps} updates (remaining drift {size:.1e}); it may have no stationary law inside, "
@@ -108,10 +111,13 @@ def signal(objective: Objective, exact: Exact, branches: Tree, law: Float[Tensor
     """Expected coefficient of each token's log-probability in an ascent step."""
     ratios = branches.conditionals(law) - branches.conditionals(exact.log_prior)
     weight = 1 / branches.lengths if objective.length == "sequence mean" else torch.ones(len(law), dtype=torch.float64)
-    wanted = objective.policy_scale * _advantage(objective, exact, branches, law, ratios)
+    weight = weight[:, None].expand_as(ratios)
+    wanted = objective.policy_scale * weight * _advantage(objective, exact, branches, law, ratios)
     if objective.loss_kl is not None:
-        wanted = wanted - objective.loss_kl.beta * _slope(objective.loss_kl, ratios)
-    return torch.where(branches.mask, weight[:, None] * wanted, 0.0)
+        # The KL of a whole state is weighed alike whichever token follows: by what the state expects.
+        kl_weight = _values(weight, branches, law) if objective.loss_kl.estimator == "full" else weight
+        wanted = wanted - objective.loss_kl.beta * kl_weight * _slope(objective.loss_kl, ratios)
+    return torch.where(branches.mask, wanted, 0.0)
 
 
 def _advantage(objective: Objective, exact: Exact, branches: Tree, law: Tensor, ratios: Tensor) -> Tensor:

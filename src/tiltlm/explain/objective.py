@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from tiltlm.errors import InputError
+from tiltlm.protocols import Claim
 
 Estimator: TypeAlias = Literal["k1", "k2", "k3", "full", "rao-blackwell", "abs"]
-Baseline: TypeAlias = Literal["none", "leave-one-out", "group mean", "batch mean", "critic", "greedy", "other"]
+Baseline: TypeAlias = Literal[
+    "none", "leave-one-out", "group mean", "batch mean", "earlier draws", "critic", "greedy", "other"
+]
 Scale: TypeAlias = Literal["none", "group std", "batch std"]
 Length: TypeAlias = Literal["sequence mean", "batch mean", "constant", "sum"]
 
@@ -68,8 +71,9 @@ class Objective:
     Attributes:
         reward_kl: the KL penalty subtracted from the reward.
         loss_kl: the KL penalty added to the loss.
-        baseline: what is subtracted; "group mean" includes the draw itself, "batch mean" is over all prompts, "greedy" is the
-            reward of the greedy completion, "other" depends on the draws in another way.
+        baseline: what is subtracted; "group mean" includes the draw itself, "batch mean" is over all prompts, "earlier
+            draws" are the prompt's own of earlier batches, "greedy" is the reward of the greedy completion,
+            "other" depends on the draws in another way.
         baseline_on: whether the baseline is taken of the reward alone or of the reward with its KL penalty.
         scale: what the advantage is divided by.
         scale_on: the same question for that division.
@@ -97,6 +101,7 @@ class Objective:
         entropy: coefficient of an entropy bonus.
         drops_uniform_groups: prompts whose completions all have the same reward are left out.
         unmodelled: options that change the gradient already on the first update, in a way that has no closed form.
+        unit: what the coefficients are multiples of: "β" where a plan will choose it; empty where they are numbers.
     """
 
     reward_kl: KLTerm | None = None
@@ -128,6 +133,7 @@ class Objective:
     entropy: float = 0.0
     drops_uniform_groups: bool = False
     unmodelled: tuple[str, ...] = ()
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if self.group is not None and self.group < 1:
@@ -141,6 +147,11 @@ class Objective:
     def beta(self) -> float:
         """Sum of both coefficients."""
         return sum(term.beta for term in (self.reward_kl, self.loss_kl) if term is not None)
+
+    def amount(self, beta: float) -> str:
+        """A coefficient as it is written: with its unit."""
+        number = f"{beta:.6g}"
+        return f"{number}·{self.unit}" if self.unit and beta != 1 else self.unit or number
 
     @property
     def kl_outside_baseline(self) -> bool:
@@ -167,6 +178,32 @@ class PairLoss:
     kind: str = "sigmoid"
     labels: Literal["data", "reward"] = "data"
     online: bool = False
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """An engine of ours that says itself where it settles; the conformance suite proves it.
+
+    Attributes:
+        claim: what it says.
+        engine: its name.
+        beta: the target's; None where a plan will choose it.
+        temperature: of the prior.
+        taught: the law of the completions that it is given, where a teacher makes them; empty where that is not known.
+        refused: why it is not trained as configured; empty where it is.
+    """
+
+    claim: Claim
+    engine: str
+    beta: float | None
+    temperature: float = 1.0
+    taught: str = ""
+    refused: str = ""
+
+    @property
+    def fixed_point(self) -> str:
+        """The claim's, or the teacher's where what is given is what is learned."""
+        return self.taught if self.taught and self.claim.fixed_point == "data" else self.claim.fixed_point
 
 
 def _active(term: KLTerm | None) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tiltlm.errors import InputError
 from tiltlm.explain.closed_form import Law, law_of
-from tiltlm.explain.findings import findings
+from tiltlm.explain.findings import by_severity, findings
 from tiltlm.explain.implied import implied_law
 from tiltlm.explain.laws import tilted
-from tiltlm.explain.objective import Objective, PairLoss
+from tiltlm.explain.objective import Objective
 from tiltlm.explain.readers.reading import Reading
 from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Finding
 from tiltlm.explain.tree import tree
@@ -30,7 +31,7 @@ class Explanation:
             "none", or "unknown" where no closed form is known.
         formula: the law in plain text.
         beta: the beta of that law; None where it is not one number.
-        configured_beta: what the configuration says.
+        configured_beta: what the configuration says; None where a plan will choose it.
         findings: what each setting does, what changes the target first.
         source: the format that was read.
         ignored: keys that are not about the objective.
@@ -41,7 +42,7 @@ class Explanation:
     fixed_point: str
     formula: str
     beta: float | None
-    configured_beta: float
+    configured_beta: float | None
     findings: tuple[Finding, ...]
     source: str
     ignored: tuple[str, ...] = ()
@@ -77,6 +78,8 @@ class Explanation:
             return f"{source}no fixed point: this does not converge to a posterior"
         if self.fixed_point == "unknown":
             return f"{source}converges to no law that is known in closed form"
+        if self.configured_beta is None:
+            return f"{source}converges to {self.fixed_point}; β follows from the plan"
         if self.beta is None:
             return f"{source}converges to {self.fixed_point}"
         at = f"{source}converges to {self.fixed_point} at β = {self.beta:.6g}"
@@ -108,34 +111,39 @@ def verdict(reading: Reading, p0: float = 0.2, exact: Exact | None = None) -> Ex
 
     Args:
         p0: the prior's success probability, for numbers about rewards of 0 or 1.
-
         exact: a language that can be listed, to find the law on.
 
     Raises:
         InputError: for a p0 outside (0, 1), or an objective that `implied_law` does not model where `exact` is given.
     """
     law: Law = law_of(reading.objective)
+    found = [*findings(reading.objective, p0), *reading.findings]
     return Explanation(
         fixed_point=law.name,
         formula=law.formula,
         beta=law.beta,
-        configured_beta=reading.objective.beta,
-        findings=tuple(replace(one, setting=reading.setting(one.field)) for one in findings(reading.objective, p0)),
+        configured_beta=reading.beta,
+        findings=tuple(replace(one, setting=reading.setting(one.field)) for one in by_severity(found)),
         source=reading.source,
         ignored=reading.ignored,
         suggestions=reading.suggestions,
-        numbers={} if exact is None or isinstance(reading.objective, PairLoss) else figures(reading.objective, exact),
+        numbers={} if exact is None else figures(reading, exact),
     )
 
 
-def figures(objective: Objective, exact: Exact) -> dict[str, float]:
-    """Where the objective settles on a language that can be listed, beside p* at the beta that is configured.
+def figures(reading: Reading, exact: Exact) -> dict[str, float]:
+    """Where an objective settles on a language that can be listed, beside p* at the beta that is configured.
 
     Raises:
-        InputError: if `implied_law` does not model the objective.
+        InputError: if `implied_law` does not model the objective, or its beta is left to a plan.
     """
+    objective = reading.objective
+    if not isinstance(objective, Objective):
+        return {}
+    if reading.beta is None:
+        raise InputError("beta is left to the plan; give a number, for figures on a language")
     law, lengths = implied_law(objective, exact), tree(exact).lengths
-    posterior = tilted(exact, objective.beta)
+    posterior = tilted(exact, reading.beta)
     return {
         "E r there": exact.mean_reward(law),
         "E r at p*": exact.mean_reward(posterior),

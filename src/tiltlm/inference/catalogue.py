@@ -71,7 +71,7 @@ def _engines(package: ModuleType, method: str) -> dict[str, Any]:
 
 
 def _as_given(engine: Any, name: str, option: str, default: Any, value: Any) -> Any:
-    if callable(default):
+    if callable(default) or (default is None and isinstance(value, str)):
         return _behaviour(engine, name, option, value)
     if isinstance(default, bool | int | float) and not isinstance(value, bool | int | float):
         raise InputError(f"option {option} of {name} is {value!r}; it must be {_kind(default)}")

@@ -118,8 +118,8 @@ def fit(
         source: where the completions come from; by default fresh draws of whatever the engine's claim asks for. `Replay()`
             reuses earlier draws, `Pool(…)` the plan's, `Decoded(Rejection())` exact samples, `Given(…)` a data set.
         policy: the policy to train, instead of a new one made from the prior with `lora` and `start`.
-        lora: the adapter to train; None trains all weights.
-        start: folder of an adapter to start from. The KL's reference remains the target's prior.
+        lora: the adapter to train; None trains all weights, or of a critic the heads alone, on frozen features.
+        start: folder of an adapter, or of a critic, to start from. The KL's reference remains the target's prior.
         out: folder for checkpoints and `metrics.jsonl`; nothing is written without it.
         resume: go on from the newest whole checkpoint in `out`.
         monitor: where progress and metrics go; a progress bar by default.
@@ -157,11 +157,7 @@ def _new_policy(
     """What the engine trains: a policy, with a value head if its loss reads one, or a critic."""
     needs = engine.claim.needs
     if not needs <= POLICY_FIELDS:
-        if start is not None:
-            raise InputError(
-                f"start is {start}, but {type(engine).__name__} trains a critic, not a policy; leave start out"
-            )
-        return target.prior.critic(lora=lora, seed=seed)
+        return target.prior.critic(lora=lora, start=start, seed=seed)
     return target.prior.policy(lora=lora, start=start, seed=seed, values="values" in needs)
 
 

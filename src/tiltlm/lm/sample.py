@@ -41,10 +41,11 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
     n, vocabulary = logits.shape
     peak = logits.amax(-1, keepdim=True)
     weight = (logits - peak).exp_()
-    short = -vocabulary % BLOCK
+    size = min(BLOCK, vocabulary)
+    short = -vocabulary % size
     if short:
         weight = torch.nn.functional.pad(weight, (0, short))
-    blocks = weight.view(n, -1, BLOCK)
+    blocks = weight.view(n, -1, size)
     cumulative = blocks.sum(-1).double().cumsum(-1)
     total = cumulative[:, -1]
     threshold = uniform.double() * total
@@ -52,8 +53,8 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
     rows = torch.arange(n, device=logits.device)
     before = torch.where(block > 0, cumulative[rows, (block - 1).clamp(min=0)], 0.0)
     inside = blocks[rows, block].double().cumsum(-1)
-    offset = (inside <= (threshold - before)[:, None]).sum(-1).clamp(max=BLOCK - 1)
-    token = block * BLOCK + offset
+    offset = (inside <= (threshold - before)[:, None]).sum(-1).clamp(max=size - 1)
+    token = block * size + offset
     # Rounding at the very end of a block can point at a token of no mass; take the likeliest one instead.
     impossible = weight[rows, token] <= 0
     token = torch.where(impossible, logits.argmax(-1), token)

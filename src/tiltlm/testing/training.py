@@ -16,6 +16,7 @@ from tiltlm.protocols import Claim
 from tiltlm.records import POLICY_FIELDS, Forward
 from tiltlm.testing.check import TOLERANCE, Check
 from tiltlm.testing.fixtures import Language, policy_with_law, posterior_policy, small_language
+from tiltlm.testing.values import value_checks
 
 GROUPS = (2, 3)
 """Completions a prompt for which all tuples are listed."""
@@ -42,8 +43,6 @@ def training_checks(engine: Any) -> Iterator[Check]:
     """Every check that a training engine's claim calls for."""
     claim: Claim = engine.claim
     if not claim.needs <= POLICY_FIELDS:
-        from tiltlm.testing.values import value_checks
-
         yield from value_checks(engine)
         return
     world = small_language()

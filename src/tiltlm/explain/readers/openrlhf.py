@@ -109,7 +109,8 @@ def read(script: str | Sequence[str]) -> Reading:
         suggestions = named.suggestions()
     objective = _objective(settings)
     origin = _origin(settings, "dotted" if dotted else "flat")
-    return Reading(objective, f"OpenRLHF {settings['advantage_estimator']}", origin, settings.ignored, suggestions)
+    source = f"OpenRLHF {settings['advantage_estimator']}"
+    return Reading(objective, objective.beta, source, origin, settings.ignored, suggestions)
 
 
 def _flags(line: Sequence[str]) -> dict[str, Any]:

@@ -1,130 +1,214 @@
-"""TiltLM's own configurations: {"engine": "grpo", "beta": 0.1, "group": 8, "options": {...}}.
+"""TiltLM's own recipes, and what is like them: {"engine": "dr-grpo-kl", "beta": 0.1, "group": 8, "options": {...}}.
 
-The evidence is r / beta, so beta is the target's and every engine works in nats; options are the behaviours that a
-policy-gradient engine was given, by name.
+The engine is built as `tiltlm train` builds it, and asked. A policy gradient's behaviours are put into the words of `Objective`
+(`policy_gradients`), so that it is judged as other libraries' are; any other engine's verdict is its claim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import KLTerm, Objective, Sampling
+from tiltlm.explain.objective import Claimed, Objective
+from tiltlm.explain.readers import policy_gradients
 from tiltlm.explain.readers.reading import Option, Reading, Settings
+from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Finding
+from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.source import ACCEPTED, Origin
+from tiltlm.protocols import Claim
 
 OPTIONS = {
+    "engine": Option("text", "rloo"),
+    "options": Option("text", None),
     "beta": Option("number", None),
+    "kl_budget": Option("number", None),
+    "reward_goal": Option("number", None),
     "group": Option("count", 8),
-    "kl": Option("text", "reward", ("reward", "loss", "both", "none")),
-    "estimator": Option("text", "k1", ("k1", "k2", "k3", "full", "rao-blackwell")),
-    "level": Option("text", "sequence", ("token", "sequence")),
-    "corrected": Option("flag", False),
-    "baseline": Option("text", "leave-one-out", ("none", "leave-one-out", "group mean", "critic")),
-    "scale": Option("text", "none", ("none", "group std", "batch std")),
-    "ddof": Option("count", 0),
-    "eps": Option("number", 0.0),
-    "length": Option("text", "sum", ("sequence mean", "batch mean", "constant", "sum")),
-    "gamma": Option("number", 1.0),
-    "lam": Option("number", 1.0),
-    "clip": Option("pair", None),
-    "importance": Option("text", "token", ("token", "sequence")),
-    "updates": Option("count", 1),
     "temperature": Option("number", 1.0),
-    "top_k": Option("count", None),
-    "kl_target": Option("number", None),
-    "sync_every": Option("count", 0),
-    "entropy": Option("number", 0.0),
-    "mask_truncated": Option("flag", False),
+    "on_error": Option("text", "fail", ("fail", "drop")),
+    "replay": Option("count", 0),
+    "teacher": Option("text", None),
+    "data": Option("text", None),
 }
-_GRPO = {"baseline": "group mean", "scale": "group std", "kl": "loss", "estimator": "k3", "level": "token", "eps": 1e-4}
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "rloo": {},
-    "reinforce": {"baseline": "none"},
-    "ppo": {"baseline": "critic", "level": "token", "clip": (0.2, 0.2), "lam": 0.95, "updates": 4},
-    "grpo": {**_GRPO, "length": "sequence mean", "clip": (0.2, 0.2)},
-    "dr-grpo": {**_GRPO, "scale": "none", "length": "constant", "clip": (0.2, 0.2)},
-    "dapo": {**_GRPO, "kl": "none", "length": "batch mean", "clip": (0.2, 0.28)},
-    "gspo": {**_GRPO, "length": "sequence mean", "importance": "sequence", "clip": (3e-4, 4e-4)},
-}
-"""What an engine's name stands for where its options say nothing else; the papers' settings."""
+"""A recipe's keys that bear on the law, with its defaults."""
+TEMPERATURES = ("beta", "kl_budget", "reward_goal")
+SOURCES: Mapping[str, Origin] = {"replay": "other", "teacher": "given", "data": "given"}
+"""Whose completions a recipe's sources give."""
 
 
 def is_config(config: Any) -> bool:
-    """Whether a mapping names one of our engines."""
-    return isinstance(config, Mapping) and "engine" in config
+    """Whether a mapping names one of our engines, or is a recipe that leaves the engine to its default."""
+    if not isinstance(config, Mapping):
+        return False
+    return "engine" in config or ("model" in config and bool({"prompts", "reward", "data"} & config.keys()))
 
 
 def read(config: Mapping[str, Any]) -> Reading:
-    """Read an engine with its options.
+    """Read a recipe.
 
     Raises:
-        InputError: for an engine that is not a policy gradient, or a value of the wrong kind.
+        InputError: for an engine or an option that is not there, a value of the wrong kind, or no way to a beta.
     """
-    name = str(config["engine"]).lower().replace("_", "-").replace("drgrpo", "dr-grpo")
-    if name not in PRESETS:
-        raise InputError(f"engine is {config['engine']!r}; explain knows the policy gradients {', '.join(PRESETS)}")
-    options = config.get("options") or {}
+    settings = Settings(config, OPTIONS, "TiltLM")
+    name, options = str(config.get("engine", OPTIONS["engine"].default)), config.get("options") or {}
     if not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; it must be a mapping of option to value")
-    given = {key: value for key, value in config.items() if key not in {"engine", "options"}} | dict(options)
-    table = OPTIONS | {
-        key: Option(OPTIONS[key].kind, value, OPTIONS[key].choices) for key, value in PRESETS[name].items()
-    }
-    settings = Settings(given, table, "TiltLM")
-    if settings["beta"] is None:
-        raise InputError(
-            "beta is missing; it is the temperature of the target, in reward units per nat, for example 0.1"
+    engines = training_engines()
+    fields = {field.name for field in dataclasses.fields(engines[name])} if name in engines else set()
+    group = {"group": settings["group"]} if "group" in fields else {}
+    engine = make_engine(engines, name, {**group, **options})
+    beta, temperature = _beta(settings), settings["temperature"]
+    source = _source(settings)
+    unsound = source is not None and SOURCES[source] not in ACCEPTED[engine.claim.data]
+    if policy_gradients.knows(engine) and not unsound:
+        objective = policy_gradients.objective_of(engine, beta, temperature)
+    else:
+        objective = Claimed(
+            engine.claim, name, beta, temperature, _taught(settings), _refusal(name, engine, source) if unsound else ""
         )
-    objective = _objective(settings)
-    return Reading(objective, f"TiltLM {name}", _origin(settings), settings.ignored, settings.suggestions())
-
-
-def _objective(s: Settings) -> Objective:
-    place = s["kl"] if s["beta"] else "none"
-    term = KLTerm(s["beta"], s["estimator"], s["level"], s["corrected"])
-    return Objective(
-        reward_kl=term if place in {"reward", "both"} else None,
-        loss_kl=term if place in {"loss", "both"} else None,
-        baseline=s["baseline"],
-        scale=s["scale"],
-        ddof=s["ddof"],
-        eps=s["eps"],
-        group=s["group"],
-        length=s["length"],
-        gamma=s["gamma"],
-        lam=s["lam"],
-        clip=s["clip"],
-        importance=s["importance"],
-        updates=s["updates"],
-        sampling=Sampling(s["temperature"], top_k=s["top_k"]),
-        scoring_temperature=s["temperature"],
-        mask_truncated=s["mask_truncated"],
-        sync_every=s["sync_every"],
-        kl_target=s["kl_target"],
-        entropy=s["entropy"],
+    shown = {**dict.fromkeys(options, ""), **({"group": ""} if "group" in config else {})}
+    return Reading(
+        objective,
+        beta,
+        f"TiltLM {name}",
+        _origin(settings, engine, shown),
+        settings.ignored,
+        settings.suggestions(),
+        tuple(_findings(settings, name, engine, objective, beta, source)),
     )
 
 
-def _origin(s: Settings) -> dict[str, tuple[str, ...]]:
-    behind = {
-        "beta": ("beta", "kl"),
-        "reward_kl": ("kl", "estimator"),
-        "loss_kl": ("kl", "estimator", "level"),
-        "baseline": ("baseline", "group"),
-        "scale": ("scale", "group"),
-        "sampling": ("temperature", "top_k"),
+def _beta(s: Settings) -> float | None:
+    """The recipe's beta; None where a plan chooses it.
+
+    Raises:
+        InputError: if there is no way to it, more than one, or it is not positive.
+    """
+    given = [key for key in TEMPERATURES if s[key] is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are ways to choose the same thing; give one of them")
+    if not given:
+        raise InputError(
+            "beta is missing; it is the temperature of the target, in reward units per nat, for example 0.1, "
+            "or have it chosen by kl_budget or reward_goal"
+        )
+    for key in ("beta", "kl_budget"):
+        if key in given and not s[key] > 0:
+            raise InputError(f"{key} is {s[key]:g}; it must be positive, for example 0.1")
+    return s["beta"]
+
+
+def _source(s: Settings) -> str | None:
+    given = [key for key in SOURCES if s[key]]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} are ways to get completions to learn from; give one of them")
+    return given[0] if given else None
+
+
+def _taught(s: Settings) -> str:
+    """The law of a teacher's samples."""
+    return "" if s["teacher"] is None else make_engine(decoding_engines(), s["teacher"], {}).claim.fixed_point
+
+
+_LEARNS = {
+    "on-policy": "fresh completions of its policy",
+    "prior": "fresh completions of the prior",
+    "weighted": "completions whose log-probabilities are known",
+    "any": "any completions",
+    "given": "the completions that are to be learned",
+}
+"""What an engine learns from, by its claim's `data`."""
+
+
+def _refusal(name: str, engine: Any, source: str | None) -> str:
+    return f"{name} is right only for {_LEARNS[engine.claim.data]}, so tiltlm train refuses {source}"
+
+
+def _findings(
+    s: Settings, name: str, engine: Any, objective: Objective | Claimed, beta: float | None, source: str | None
+) -> Iterator[Finding]:
+    """What the recipe adds to its engine."""
+    claim = engine.claim
+    yield _claim(name, claim, objective)
+    if source is not None and isinstance(objective, Claimed) and objective.refused:
+        remedy = f"leave {source} out, or take an engine whose data are any: var-grad, for example"
+        yield Finding("source", objective.refused, TARGET, remedy=remedy)
+    elif source == "replay":
+        says = f"{name} learns from {_LEARNS[claim.data]}; earlier draws, which carry their law, move nothing"
+        yield Finding("source", says, FINE)
+    elif source == "teacher" and claim.fixed_point == "data":
+        teacher = make_engine(decoding_engines(), s["teacher"], {}).claim
+        says = f"what is learned is the law of the teacher's samples: {teacher.fixed_point}, bias {teacher.bias}"
+        severity = TARGET if teacher.fixed_point != "p*" else FINE if teacher.bias == "none" else NOISE
+        remedy = "" if severity == FINE else "teach with rejection, which is exact where the reward has bounds"
+        yield Finding("source", says, severity, remedy=remedy)
+    elif claim.data == "given" and source is None:
+        says = f"{name} learns from completions that are given, and none are: tiltlm train refuses to begin"
+        yield Finding("source", says, TARGET, remedy="name a teacher, rejection for example, or a file of data")
+    if s["on_error"] == "drop":
+        says = "completions without a usable reward are left out, and their KL too: where there are any, their mass is free"
+        yield Finding("on_error", says, NOISE, remedy="give them a reward, the lowest for example")
+    if beta is None:
+        yield Finding("planned", "β follows from the plan; tiltlm plan says which", FINE)
+    if isinstance(objective, Objective) and objective.scale != "none" and objective.loss_kl is not None:
+        c = objective.loss_kl.beta
+        says = f"the deviation takes β out of the advantage: the KL is weighed by {c:g} in units of it, whatever β is"
+        yield Finding("coefficient", says, TARGET, remedy="do not divide by the deviation, or put k1 into the reward")
+
+
+def _claim(name: str, claim: Claim, objective: Objective | Claimed) -> Finding:
+    """The claim in one sentence; for a policy gradient the findings about its settings say what is wrong with it."""
+    severity = FINE
+    if isinstance(objective, Claimed) and not objective.refused:
+        severity = TARGET if objective.fixed_point != "p*" else FINE if claim.bias == "none" else NOISE
+    says = (
+        f"its claim: fixed point {claim.fixed_point}; objective {claim.objective}; bias {claim.bias}; data {claim.data}"
+    )
+    proof = f"tiltlm engines {name} --prove checks it"
+    return Finding("engine", says.replace("pi0", "π0"), severity, f"{claim.source}; {proof}" if claim.source else proof)
+
+
+# --- which settings stand behind a field of the objective ---
+
+_BEHIND = {
+    "reward_kl": ("kl", "place", "level", "kl_coefficient"),
+    "loss_kl": ("kl", "place", "level", "kl_coefficient"),
+    "baseline": ("advantage", "baseline", "group"),
+    "scale": ("advantage", "scale", "group"),
+    "length": ("aggregate",),
+    "gamma": ("gamma",),
+    "lam": ("lam",),
+    "clip": ("clip_low", "clip_high"),
+    "importance": ("importance",),
+    "updates": ("updates",),
+    "kl_target": ("controller", "kl_target"),
+    "coefficient": ("kl_coefficient", "advantage"),
+}
+"""The engines' settings behind each field, as far as an engine has them."""
+
+
+def _origin(s: Settings, engine: Any, given: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    fields = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+
+    def shown(*names: str) -> tuple[str, ...]:
+        return tuple(
+            f"{name} = {_plain(fields[name])}{given.get(name, ' (default)')}" for name in names if name in fields
+        )
+
+    chosen = s.shown(*(key for key in TEMPERATURES if s[key] is not None))
+    return {field: shown(*names) for field, names in _BEHIND.items()} | {
+        "beta": (*chosen, *shown("kl", "kl_coefficient")),
+        "planned": chosen,
+        "sampling": s.shown("temperature"),
+        "on_error": s.shown("on_error"),
+        "source": s.shown(*(key for key in SOURCES if s[key])),
+        "engine": s.shown("engine"),
     }
-    own = (
-        "length",
-        "gamma",
-        "lam",
-        "clip",
-        "importance",
-        "updates",
-        "mask_truncated",
-        "sync_every",
-        "kl_target",
-        "entropy",
-    )
-    return {name: s.shown(*keys) for name, keys in behind.items()} | {name: s.shown(name) for name in own}
+
+
+def _plain(value: Any) -> str:
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import Objective, PairLoss
+from tiltlm.explain.objective import Claimed, Objective, PairLoss
+from tiltlm.explain.rules.finding import Finding
 
 Kind = Literal["number", "count", "flag", "text", "pair", "numbers"]
 """What a setting holds; all but text may be None where the default is."""
@@ -32,17 +33,21 @@ class Reading:
 
     Attributes:
         objective: what it does.
+        beta: the target's, as it is configured; None where a plan will choose it.
         source: the library and the part of it, for the headline.
         origin: for each field of the objective, the settings it came from, as "key = value".
         ignored: keys that are not about the objective.
         suggestions: keys that look misspelt, with what was probably meant.
+        findings: what else there is to say of the configuration.
     """
 
-    objective: Objective | PairLoss
+    objective: Objective | PairLoss | Claimed
+    beta: float | None
     source: str
     origin: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
     suggestions: tuple[tuple[str, str], ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def setting(self, field: str) -> str:
         """The settings behind a field, as the person wrote them."""

@@ -117,7 +117,8 @@ def read(config: Any, trainer: str | None = None) -> Reading:
     settings = Settings({key: value for key, value in given.items() if key not in _NAMING}, TABLES[trainer], "TRL")
     objective, origin = _READERS[trainer](settings)
     name = {kind: name for name, kind in _CLASSES.items()}[trainer]
-    return Reading(objective, f"TRL {name}", origin, settings.ignored, settings.suggestions(_other_fields(trainer)))
+    suggestions = settings.suggestions(_other_fields(trainer))
+    return Reading(objective, objective.beta, f"TRL {name}", origin, settings.ignored, suggestions)
 
 
 def is_config(config: Any) -> bool:

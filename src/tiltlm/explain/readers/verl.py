@@ -142,7 +142,8 @@ def read(config: Mapping[str, Any] | str | Sequence[str]) -> Reading:
     ours = [key for key in settings.ignored if key.split(".")[0] in {"algorithm", "actor_rollout_ref"}]
     close = tuple(pair for pair in settings.suggestions() if pair[0] in ours)
     estimator = settings[f"{ALGORITHM}.adv_estimator"]
-    return Reading(_objective(settings), f"verl {estimator}", _origin(settings), settings.ignored, close)
+    objective = _objective(settings)
+    return Reading(objective, objective.beta, f"verl {estimator}", _origin(settings), settings.ignored, close)
 
 
 def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -27,11 +27,10 @@ def self_in_baseline(case: Case) -> Finding | None:
         return Finding("baseline", says, FINE, "E[(R_i − R̄)∇log π] = (1 − 1/G)·∇J")
     says = f"a baseline that holds the draw itself shrinks the reward by 1 − 1/{group} and leaves the KL: a larger β"
     beta = objective.beta / shrinkage(objective)
-    formula = f"E[(r_i − r̄)∇log π] = (1 − 1/G)·∇E r, so β′ = β/(1 − 1/G) = {beta:.6g}"
-    remedy = (
-        f"leave the draw out of its baseline, or set β to {objective.beta * shrinkage(objective):.6g} for a target at β"
-    )
-    return Finding("baseline", says, TARGET, formula, remedy, numbers={"beta": beta})
+    formula = f"E[(r_i − r̄)∇log π] = (1 − 1/G)·∇E r, so β′ = β/(1 − 1/G) = {objective.amount(beta)}"
+    remedy = f"leave the draw out of its baseline, or set β to {objective.amount(objective.beta * shrinkage(objective))} for a target at β"
+    numbers = {} if objective.unit else {"beta": beta}
+    return Finding("baseline", says, TARGET, formula, remedy, numbers=numbers)
 
 
 def divided_by_std(case: Case) -> Finding | None:

@@ -45,7 +45,7 @@ def kl_in_loss(case: Case) -> Finding | None:
         says = f"{label}: its gradient is the forward KL's, which keeps π0's mass and lets π run towards high rewards"
         beta = effective_beta(case.objective)
         numbers = {}
-        if case.objective.scale == "none" and beta > 0:
+        if case.objective.scale == "none" and beta > 0 and not case.objective.unit:
             points = rest_points(beta, p0=case.p0, scale="none", forward=True)
             says += f" (0/1 reward, π0 = {case.p0:g}, one decision: {points})"
             numbers = {"forward rest points": points.as_dict()}
@@ -76,13 +76,14 @@ def kl_twice(case: Case) -> Finding | None:
     reward, loss = case.objective.reward_kl, case.objective.loss_kl
     if not (reward and reward.beta and loss and loss.beta):
         return None
-    says = f"a KL in the reward (β {reward.beta:g}) and one in the loss (β {loss.beta:g})"
+    amount = case.objective.amount
+    says = f"a KL in the reward (β {amount(reward.beta)}) and one in the loss (β {amount(loss.beta)})"
     if direction(case.objective) == "unknown":
         return Finding(
             "loss_kl", f"{says}: of two different divergences", TARGET, "", "keep the one in the reward (k1)"
         )
     together = effective_beta(case.objective)
-    return Finding("loss_kl", f"{says}: together β {together:.6g}", NOISE, "", "keep one of them")
+    return Finding("loss_kl", f"{says}: together β {amount(together)}", NOISE, "", "keep one of them")
 
 
 RULES: tuple[Rule, ...] = (

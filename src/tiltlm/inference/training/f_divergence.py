@@ -15,7 +15,7 @@ from tiltlm.errors import InputError
 from tiltlm.inference.training.log_z import RunningLogZ
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
-from tiltlm.weights import group_count, group_logsumexp, leave_one_out
+from tiltlm.weights import group_count, group_logsumexp
 
 # --- divergences: f'(t) as a function of log t, t = q(x) / p*(x), for D = E_p*[f(t)] ---
 
@@ -94,9 +94,13 @@ def at_optimum(
 def of_the_others(
     divergence: Divergence, slope: Float[Tensor, " B"], ratio: Float[Tensor, " B"], index: Int[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """The weighted mean of f'(t) over the prompt's other draws; with the reverse KL this is RLOO."""
-    weighted = ratio * slope
-    return weighted - leave_one_out(weighted, index)
+    """The weighted mean of f'(t) over the prompt's other draws; with the reverse KL this is RLOO.
+
+    Normalised by the others' weights, so that it is f'(1) at p* whoever drew; 0 for a draw that is alone.
+    """
+    others = (index[:, None] == index) & ~torch.eye(len(index), dtype=torch.bool)
+    weight = others.to(ratio.dtype) @ ratio
+    return torch.where(weight > 0, (others.to(ratio.dtype) @ (ratio * slope)) / weight, 0.0)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class FDivergence:
             your own.
         z: log Z of each prompt: `running` over all draws so far, or `within_group`.
         baseline: `at_optimum`, or `of_the_others`.
+        truncate: the most that q / b may be (Ionides 2008). A finite one bounds the noise of old draws and leaves p* the fixed
+            point, but the path there is no longer that of the divergence.
         group: completions of each prompt in a step; at least 2 for `within_group` and `of_the_others`.
         updates: steps on each batch.
     """
@@ -121,6 +127,7 @@ class FDivergence:
     divergence: Divergence = forward_kl
     z: LogZ = running
     baseline: Baseline = at_optimum
+    truncate: float = math.inf
     group: int = 8
     updates: int = 1
 
@@ -131,13 +138,18 @@ class FDivergence:
                 f"group is {self.group} and updates is {self.updates}; this FDivergence needs at least {least} completions a "
                 f"prompt and 1 update"
             )
+        if not self.truncate >= 1:
+            raise InputError(f"truncate is {self.truncate}; the policy's own draws have ratio 1, so take 1 or more")
 
     @property
     def claim(self) -> Claim:
+        objective, bias = OBJECTIVES.get(self.divergence, "D_f(q||p*)"), "1/n" if self.z is within_group else "none"
+        if self.truncate < math.inf:
+            objective, bias = f"{objective} with truncated weights", "unknown"
         return Claim(
             fixed_point="p*",
-            objective=OBJECTIVES.get(self.divergence, "D_f(q||p*)"),
-            bias="1/n" if self.z is within_group else "none",
+            objective=objective,
+            bias=bias,
             data="weighted",
             source="Go et al. 2023, theorem 1",
         )
@@ -153,7 +165,7 @@ class FDivergence:
         current = log_q.detach().double()  # the weights are exponentials
         log_z = self.z(scored, state)
         slope = self.divergence(current - scored.log_target + log_z)
-        ratio = (current - scored.draws.log_prob).exp()
+        ratio = (current - scored.draws.log_prob).exp().clamp(max=self.truncate)
         signal = ratio * (slope - self.baseline(self.divergence, slope, ratio, scored.draws.prompt_index))
         return (signal * log_q).mean(), {"signal": signal.abs(), "ratio": ratio, "log_z": log_z}
 

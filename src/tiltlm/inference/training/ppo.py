@@ -63,7 +63,7 @@ class PPOState(nn.Module):
 
     Attributes:
         kl_coefficient: weight of the KL against r / beta; 1 unless a controller moves it.
-        batch, values: the batch in work, and V of its states as it was when the batch was new.
+        begun: the batch in work, and V of its states as it was when the batch was new.
     """
 
     kl_coefficient: Tensor
@@ -71,14 +71,13 @@ class PPOState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kl_coefficient", torch.ones((), dtype=torch.float64))
-        self.batch: Scored | None = None
-        self.values: Tensor | None = None
+        self.begun: tuple[Scored, Tensor] | None = None
 
     def values_at_start(self, scored: Scored, values: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """V before the first update on this batch; a batch is known again by being the same object."""
-        if self.batch is not scored or self.values is None:
-            self.batch, self.values = scored, values.detach().clone()
-        return self.values
+        if self.begun is None or self.begun[0] is not scored:
+            self.begun = scored, values.detach().clone()
+        return self.begun[1]
 
 
 @dataclass(frozen=True)
