@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import yaml
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,6 +21,9 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+import tiltlm as tl
+from tiltlm.cli.main import run
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -28,7 +36,7 @@ CORPUS = ["the film was good and the film was bad", "a quiet story of two friend
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on three lines; it adds a BOS to raw text, as Llama's does."""
-    inner = Tokenizer(models.BPE())
+    inner = Tokenizer(BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -91,6 +99,159 @@ def rng():
 
 def tuples(count: int, length: int):
     return list(itertools.product(range(count), repeat=length))
+
+
+# --- the command line ---
+
+REWARDS = '''
+import math
+
+
+def good(completions):
+    """In [0, 1], and different for most completions."""
+    return [len(set(c)) % 8 / 8 for c in completions]
+
+
+def odd(text):
+    return len(text) % 2 == 1
+
+
+def bad(value):
+    return lambda completions: [value if odd(c) else 0.5 for c in completions]
+
+
+none, nan, plus, minus, outside, text = bad(None), bad(math.nan), bad(math.inf), bad(-math.inf), bad(7.0), bad("seven")
+
+
+def raises(completions):
+    return [1 / 0 if odd(c) else 0.5 for c in completions]
+
+
+def nothing(completions):
+    return None
+
+
+def short(completions):
+    return [0.5]
+
+
+def tensor(completions):
+    import torch
+
+    return torch.zeros(len(completions))
+
+
+def never(completions):
+    return [None] * len(completions)
+
+
+def constant(completions):
+    return [0.5] * len(completions)
+
+
+def answered(completions, answer):
+    return [float(a in c) for a, c in zip(answer, completions)]
+
+
+def conversation(prompts, completions):
+    assert all(p[-1]["role"] == "user" for p in prompts)
+    assert all(m["role"] == "assistant" for c in completions for m in c)
+    return [len(c[0]["content"]) % 5 / 5 for c in completions]
+
+
+not_a_function = 3
+'''
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self):
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Call the entry point as the shell does; its exit code and what it wrote."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tiltlm", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("default", category=tl.TiltWarning)
+            with pytest.raises(SystemExit) as end:
+                run()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Ended(end.value.code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def refused(cli):
+    """Call with something bad in it: one sentence on stderr, exit code 2. Returns the sentence."""
+
+    def call(*arguments):
+        ended = cli(*arguments)
+        assert ended.code == 2, ended
+        assert len(ended.errors) == 1, ended.err
+        assert ended.err.splitlines()[-1] == ended.errors[0]
+        assert ended.out == ""
+        return ended.errors[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of small models: one with a chat template, one without, one with pad = EOS, one with other weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in {"chat": 0, "base": 0, "padded": 0, "other": 1}.items():
+        make_model("llama", seed=seed).save_pretrained(folder / name)
+        tokenizer = make_tokenizer(chat=name != "base")
+        if name == "padded":
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, models):
+    """A working folder with prompts, rewards and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("the film\na quiet story\ntwo friends\n")
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    write(tmp_path / "recipe.yaml", settings(models))
+    return tmp_path
+
+
+def settings(models, **changes):
+    return {
+        "model": str(models / "chat"),
+        "prompts": "prompts.txt",
+        "reward": "rewards.py:good",
+        "beta": 0.25,
+        "bounds": [0, 1],
+        "max_new_tokens": 6,
+        "samples": 16,
+        "exact_budget": 32,
+        "steps": 3,
+        "group": 3,
+        "batch": 2,
+        "lora_r": 2,
+        "out": "run",
+        **changes,
+    }
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -6,171 +6,17 @@ import os
 import re
 import subprocess
 import sys
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-import tiltlm as tl
-from conftest import make_model, make_tokenizer
-from tiltlm.cli.main import run
+from conftest import REWARDS, make_model, make_tokenizer, settings, write
 from tiltlm.lm.load import load
 from tiltlm.workflow.recipe import Recipe
 
 COMMANDS = ("plan", "train", "certify", "sample", "report")
-REWARDS = '''
-import math
-
-
-def good(completions):
-    """In [0, 1], and different for most completions."""
-    return [len(set(c)) % 8 / 8 for c in completions]
-
-
-def odd(text):
-    return len(text) % 2 == 1
-
-
-def bad(value):
-    return lambda completions: [value if odd(c) else 0.5 for c in completions]
-
-
-none, nan, plus, minus, outside, text = bad(None), bad(math.nan), bad(math.inf), bad(-math.inf), bad(7.0), bad("seven")
-
-
-def raises(completions):
-    return [1 / 0 if odd(c) else 0.5 for c in completions]
-
-
-def nothing(completions):
-    return None
-
-
-def short(completions):
-    return [0.5]
-
-
-def tensor(completions):
-    import torch
-
-    return torch.zeros(len(completions))
-
-
-def never(completions):
-    return [None] * len(completions)
-
-
-def constant(completions):
-    return [0.5] * len(completions)
-
-
-def answered(completions, answer):
-    return [float(a in c) for a, c in zip(answer, completions)]
-
-
-def conversation(prompts, completions):
-    assert all(p[-1]["role"] == "user" for p in prompts)
-    assert all(m["role"] == "assistant" for c in completions for m in c)
-    return [len(c[0]["content"]) % 5 / 5 for c in completions]
-
-
-not_a_function = 3
-'''
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self):
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Call the entry point as the shell does; its exit code and what it wrote."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tiltlm", *map(str, arguments)])
-        capsys.readouterr()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("default", category=tl.TiltWarning)
-            with pytest.raises(SystemExit) as end:
-                run()
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return Ended(end.value.code, out, err)
-
-    return call
-
-
-@pytest.fixture
-def refused(cli):
-    """Call with something bad in it: one sentence on stderr, exit code 2. Returns the sentence."""
-
-    def call(*arguments):
-        ended = cli(*arguments)
-        assert ended.code == 2, ended
-        assert len(ended.errors) == 1, ended.err
-        assert ended.err.splitlines()[-1] == ended.errors[0]
-        assert ended.out == ""
-        return ended.errors[0]
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Folders of small models: one with a chat template, one without, one with pad = EOS, one with other weights."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, seed in {"chat": 0, "base": 0, "padded": 0, "other": 1}.items():
-        make_model("llama", seed=seed).save_pretrained(folder / name)
-        tokenizer = make_tokenizer(chat=name != "base")
-        if name == "padded":
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, models):
-    """A working folder with prompts, rewards and a recipe."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("the film\na quiet story\ntwo friends\n")
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    write(tmp_path / "recipe.yaml", settings(models))
-    return tmp_path
-
-
-def settings(models, **changes):
-    return {
-        "model": str(models / "chat"),
-        "prompts": "prompts.txt",
-        "reward": "rewards.py:good",
-        "beta": 0.25,
-        "bounds": [0, 1],
-        "max_new_tokens": 6,
-        "samples": 16,
-        "exact_budget": 32,
-        "steps": 3,
-        "group": 3,
-        "batch": 2,
-        "lora_r": 2,
-        "out": "run",
-        **changes,
-    }
-
-
-def write(path, values):
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def everything(folder):

@@ -36,17 +36,16 @@ PROVED = [
     PathConsistency(length=1),
     SubTrajectoryBalance(lambda_=0.5),
     FDivergence(fd.forward_kl),
-    FDivergence(fd.jensen_shannon),
     FDivergence(fd.total_variation),
-    FDivergence(fd.chi_squared, baseline=fd.of_the_others),
     FDivergence(fd.reverse_kl, baseline=fd.of_the_others, truncate=1.2),
 ]
 PROVED_TOO = [
     PathConsistency(length=None),
     SubTrajectoryBalance(),
     FDivergence(fd.reverse_kl),
+    FDivergence(fd.jensen_shannon),
     FDivergence(fd.chi_squared),
-    *(FDivergence(divergence, baseline=fd.of_the_others) for divergence in DIVERGENCES[:4]),
+    *(FDivergence(divergence, baseline=fd.of_the_others) for divergence in DIVERGENCES),
 ]
 SELF_NORMALISED = [
     FDivergence(divergence, z=fd.within_group, baseline=baseline)
@@ -326,6 +325,17 @@ def test_a_learned_log_z_starts_at_the_mean_log_weight():
     assert_close(state.log_z.detach(), torch.stack([first, second]))
 
 
+@pytest.mark.parametrize("engine", [TrajectoryBalance(), FDivergence()], ids=name)
+def test_log_z_is_learned_before_the_first_loss(engine):
+    world = two_prompts()
+    scored, _ = some_draws(world, moved(world))
+    state = engine.init(world.prompts)
+    engine.observe(scored, state)
+    start = [scored.log_weight[data_rows(scored) == row].double() for row in range(2)]
+    mean = [float(w.mean() if isinstance(engine, TrajectoryBalance) else w.exp().mean().log()) for w in start]
+    assert state.log_z.tolist() == pytest.approx(mean, abs=1e-6)
+
+
 # --- per-prompt normalisation ---
 
 
@@ -535,9 +545,9 @@ def test_training_goes_to_the_posterior(engine, share):
 
 
 def test_a_replay_buffer_gets_more_out_of_as_many_samples():
-    """160 draws in all, three seeds."""
-    fresh = [run(VarGrad(), steps=20, seed=seed)[0] for seed in range(3)]
-    again = [run(VarGrad(updates=4), Replay(old=8), steps=20, seed=seed)[0] for seed in range(3)]
+    """160 draws in all, two seeds."""
+    fresh = [run(VarGrad(), steps=20, seed=seed)[0] for seed in range(2)]
+    again = [run(VarGrad(updates=4), Replay(old=8), steps=20, seed=seed)[0] for seed in range(2)]
     assert sum(again) < 0.7 * sum(fresh), (fresh, again)
 
 

@@ -358,12 +358,15 @@ def test_the_twist_follows_its_rows(critic):
     order = torch.tensor([5, 1, 1, 7, 0, 3, 2, 6])
     rows = torch.arange(len(draws))
     for t in range(draws.tokens.shape[1]):
-        live = draws.mask[rows, t]
+        live, before = draws.mask[rows, t], twist.log_twist()
         twist.extend(draws.tokens[rows, t], live)
+        assert torch.equal(twist.log_twist()[~live], before[~live])
         assert_close(twist.log_twist()[live].double(), forward.q[rows, t][live].detach().double(), atol=5e-5, rtol=0)
         if t == 1:
+            before = twist.log_twist()
             twist.select(order)
             rows = rows[order]
+            assert torch.equal(twist.log_twist(), before[order])
 
 
 def test_a_new_critic_is_the_prior_and_has_no_values():
@@ -375,6 +378,22 @@ def test_a_new_critic_is_the_prior_and_has_no_values():
         assert_close(forward.log_q, draws.log_q, atol=1e-5, rtol=0)
         for name in ("q", "values", "q_target", "soft_target", "max_target"):
             assert float(getattr(forward, name).detach().abs().max()) < 1e-5
+
+
+def test_a_learning_rate_means_the_same_for_any_unembedding():
+    """The same step of the head moves Q by the same nats, be the logits a hundred times as large."""
+    found = []
+    for scale in (1.0, 100.0):
+        model = make_model("llama")
+        model.lm_head.weight.data *= scale
+        prior = load(model, make_tokenizer()).prior(max_new_tokens=5, temperature=scale**0.5)
+        critic = prior.critic(lora=None)
+        with torch.no_grad():
+            critic.head.tilt.bias.fill_(1.0)
+            draws = prior.complete(prior.encode(["the film"]), torch.tensor([0]), [[5, 6, 7, 8]])
+            found.append(critic.forward(draws, frozenset({"q"})).q)
+    assert_close(found[0], found[1])
+    assert 1e-3 < float(found[0].abs().max()) < 2.0
 
 
 def test_a_critic_of_an_adapted_prior():
@@ -415,6 +434,18 @@ def test_half_precision_keeps_small_values_apart():
 
 
 # --- target network, saving, the loop ---
+
+
+def test_the_target_is_what_the_critic_was(critic):
+    draws = critic.draw(prompts_of(critic), 3, torch.Generator().manual_seed(0))
+    critic.refresh_target(1.0)
+    with torch.no_grad():
+        before = critic.forward(draws, frozenset({"q", "values"}))
+        shaken(critic)
+        after = critic.forward(draws, EVERYTHING)
+    assert_close(after.q_target, before.q)
+    assert_close(after.soft_target.double(), before.values.double(), atol=2e-5, rtol=0)
+    assert (after.q - before.q).abs().max() > 1e-3
 
 
 def test_the_target_moves_by_its_rate(critic):
@@ -505,6 +536,7 @@ def test_a_resumed_run_has_the_same_critic_and_target(tmp_path):
     again = run(tmp_path / "b", 6, resume=True)
     for name, value in whole.items():
         assert torch.equal(again[name], value), name
+    assert whole["target:head:value.weight"].abs().max() > 0  # where it began
     assert any(
         not torch.equal(value, whole[name.removeprefix("target:")])
         for name, value in whole.items()

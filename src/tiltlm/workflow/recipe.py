@@ -61,7 +61,7 @@ class Recipe(BaseModel):
         0, description="earlier draws of a prompt in a step, beside the fresh ones"
     )
     teacher: str | None = Field(
-        None, description="decoding engine whose samples are learned from, for sft, dpo and raft"
+        None, description="decoding engine whose samples are learned from, for sft and dpo"
     )
     data: str | None = Field(None, description="file of completions or preferences to learn from, with TRL's columns")
     steps: Positive = Field(40, description="training steps")
