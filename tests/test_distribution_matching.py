@@ -486,6 +486,8 @@ LATER = {
     "Z doubled, TV",
     "proposal ignored, reverse KL",
     "within the group, JS",
+    "chi2 without the square",
+    "truncated weights",
 }
 """Of one kind with another."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiltlm.errors import InputError
-from tiltlm.explain import FORMATS, KLTerm, Objective, PairLoss, Sampling, explain, law_of, rest_points
-from tiltlm.explain.readers import trl
+from tiltlm.explanation import FORMATS, KLTerm, Objective, PairLoss, Sampling, explain, law_of, rest_points
+from tiltlm.explanation.readers import trl
 
 DATA = Path(__file__).parent / "data" / "explain"
 

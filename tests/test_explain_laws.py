@@ -15,10 +15,21 @@ import pytest
 import torch
 
 from tiltlm.errors import InputError
-from tiltlm.explain import FORMATS, KLTerm, Objective, Sampling, detect, explain, implied_law, law_of, laws, rest_points
-from tiltlm.explain.fixed_points import advantage_gap
-from tiltlm.explain.implied import drift
-from tiltlm.explain.tree import tree
+from tiltlm.explanation import (
+    FORMATS,
+    KLTerm,
+    Objective,
+    Sampling,
+    detect,
+    explain,
+    implied_law,
+    law_of,
+    laws,
+    rest_points,
+)
+from tiltlm.explanation.fixed_points import advantage_gap
+from tiltlm.explanation.implied import drift
+from tiltlm.explanation.tree import tree
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_a, fixture_b, posterior_policy, small_language
 

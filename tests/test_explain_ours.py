@@ -17,10 +17,10 @@ import yaml
 
 from test_cli import cli, refused  # noqa: F401  fixtures
 from tiltlm.errors import InputError
-from tiltlm.explain import detect, explain, implied_law, law_of, laws
-from tiltlm.explain.implied import drift
-from tiltlm.explain.readers import ours, policy_gradients
-from tiltlm.explain.tree import tree
+from tiltlm.explanation import detect, explain, implied_law, law_of, laws
+from tiltlm.explanation.implied import drift
+from tiltlm.explanation.readers import ours, policy_gradients
+from tiltlm.explanation.tree import tree
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.source import Decoded, Given, Replay, require_sound
 from tiltlm.inference.training import advantages, aggregate, credit, kl_terms, ppo

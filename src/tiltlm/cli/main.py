@@ -200,7 +200,7 @@ def explain(
     json_file: Json = None,
 ) -> None:
     """Say what distribution a reinforcement-learning configuration really converges to."""
-    from tiltlm.explain import explain as explained
+    from tiltlm.explanation import explain as explained
 
     _require_writable(json_file)
     found = explained(config, format=kind, p0=p0)

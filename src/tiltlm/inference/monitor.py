@@ -79,7 +79,11 @@ class Monitor:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One step's metrics."""
-        parts = [("E r {:.3f}", metrics["reward"]), ("KL {:.2f}", metrics["kl_prior"]), ("ELBO {:.2f}", metrics["elbo"])]
+        parts = [
+            ("E r {:.3f}", metrics["reward"]),
+            ("KL {:.2f}", metrics["kl_prior"]),
+            ("ELBO {:.2f}", metrics["elbo"]),
+        ]
         parts += [("loss {:.3f}", metrics["loss"]), ("{:.0f} tok/s", metrics["tokens_per_second"])]
         known = [(form, value) for form, value in parts if value is not None and math.isfinite(value)]
         status = "  ".join(form.format(value) for form, value in known)

@@ -118,7 +118,9 @@ class AdapterSwitch:
         assert self.peft is not None
         self._trained.pop(name, None)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Adapter .* was active", category=UserWarning)  # activate() sees to that
+            warnings.filterwarnings(
+                "ignore", message="Adapter .* was active", category=UserWarning
+            )  # activate() sees to that
             self.peft.delete_adapter(name)
         self._active = ""  # whatever peft has made active, the next activate() sets it anew
 

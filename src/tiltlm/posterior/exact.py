@@ -179,7 +179,9 @@ def best_of_n_law(exact: Exact, n: int) -> Float[Tensor, " K"]:
     """
     prior, reward = exact.log_prior.exp(), exact.reward
     less = torch.stack([prior[reward < r - 1e-12].sum() for r in reward])
-    equal = torch.stack([prior[(reward == r) | ((reward - r).abs() <= 1e-12)].sum() for r in reward])  # -inf is a tie too
+    equal = torch.stack(
+        [prior[(reward == r) | ((reward - r).abs() <= 1e-12)].sum() for r in reward]
+    )  # -inf is a tie too
     return prior * ((less + equal) ** n - less**n) / equal
 
 

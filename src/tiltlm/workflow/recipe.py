@@ -60,9 +60,7 @@ class Recipe(BaseModel):
     replay: Annotated[int, Field(ge=0)] = Field(
         0, description="earlier draws of a prompt in a step, beside the fresh ones"
     )
-    teacher: str | None = Field(
-        None, description="decoding engine whose samples are learned from, for sft and dpo"
-    )
+    teacher: str | None = Field(None, description="decoding engine whose samples are learned from, for sft and dpo")
     data: str | None = Field(None, description="file of completions or preferences to learn from, with TRL's columns")
     steps: Positive = Field(40, description="training steps")
     batch: Positive = Field(4, description="prompts a step")

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import Baseline, KLTerm, Length, Objective, Sampling
-from tiltlm.explain.readers.flags import words
-from tiltlm.explain.readers.reading import Option, Reading, Settings
+from tiltlm.explanation.objective import Baseline, KLTerm, Length, Objective, Sampling
+from tiltlm.explanation.readers.flags import words
+from tiltlm.explanation.readers.reading import Option, Reading, Settings
 
 ACTOR, ROLLOUT, ALGORITHM = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "algorithm"
 KL_KINDS = (

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.closed_form import Law, law_of
-from tiltlm.explain.findings import by_severity, findings
-from tiltlm.explain.implied import implied_law
-from tiltlm.explain.laws import tilted
-from tiltlm.explain.objective import Objective
-from tiltlm.explain.readers.reading import Reading
-from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Finding
-from tiltlm.explain.tree import tree
+from tiltlm.explanation.closed_form import Law, law_of
+from tiltlm.explanation.findings import by_severity, findings
+from tiltlm.explanation.implied import implied_law
+from tiltlm.explanation.laws import tilted
+from tiltlm.explanation.objective import Objective
+from tiltlm.explanation.readers.reading import Reading
+from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Finding
+from tiltlm.explanation.tree import tree
 from tiltlm.posterior.exact import Exact, kl
 
 WIDTH = 110

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import Baseline, KLTerm, Length, Objective, Sampling, Scale
-from tiltlm.explain.readers.flags import words
-from tiltlm.explain.readers.reading import Option, Reading, Settings
+from tiltlm.explanation.objective import Baseline, KLTerm, Length, Objective, Sampling, Scale
+from tiltlm.explanation.readers.flags import words
+from tiltlm.explanation.readers.reading import Option, Reading, Settings
 
 ESTIMATORS = ("gae", "reinforce", "rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 OPTIONS = {

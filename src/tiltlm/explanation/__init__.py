@@ -16,14 +16,14 @@ from typing import Any
 import yaml
 
 from tiltlm.errors import InputError
-from tiltlm.explain.closed_form import Law, law_of
-from tiltlm.explain.fixed_points import RestPoints, rest_points
-from tiltlm.explain.implied import implied_law
-from tiltlm.explain.objective import Claimed, KLTerm, Objective, PairLoss, Sampling
-from tiltlm.explain.readers import openrlhf, ours, trl, verl
-from tiltlm.explain.readers.reading import Reading
-from tiltlm.explain.rules.finding import Finding
-from tiltlm.explain.verdict import Explanation, verdict
+from tiltlm.explanation.closed_form import Law, law_of
+from tiltlm.explanation.fixed_points import RestPoints, rest_points
+from tiltlm.explanation.implied import implied_law
+from tiltlm.explanation.objective import Claimed, KLTerm, Objective, PairLoss, Sampling
+from tiltlm.explanation.readers import openrlhf, ours, trl, verl
+from tiltlm.explanation.readers.reading import Reading
+from tiltlm.explanation.rules.finding import Finding
+from tiltlm.explanation.verdict import Explanation, verdict
 from tiltlm.posterior.exact import Exact
 
 FORMATS: Mapping[str, Callable[[Any], Reading]] = {

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import KLTerm, Objective
-from tiltlm.explain.tree import Tree, tree
+from tiltlm.explanation.objective import KLTerm, Objective
+from tiltlm.explanation.tree import Tree, tree
 from tiltlm.posterior.exact import Exact
 
 TOLERANCE = 1e-12

@@ -11,8 +11,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import KLTerm, Length, Objective, PairLoss, Sampling, Scale
-from tiltlm.explain.readers.reading import Option, Reading, Settings
+from tiltlm.explanation.objective import KLTerm, Length, Objective, PairLoss, Sampling, Scale
+from tiltlm.explanation.readers.reading import Option, Reading, Settings
 
 _DRAWING = {
     "temperature": Option("number", 1.0),

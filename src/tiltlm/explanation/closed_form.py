@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tiltlm.explain.objective import Claimed, KLTerm, Objective, PairLoss
+from tiltlm.explanation.objective import Claimed, KLTerm, Objective, PairLoss
 
 Direction = Literal["none", "reverse", "forward", "own-token reverse", "own-token forward", "unknown"]
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import Claimed, Objective
-from tiltlm.explain.readers import policy_gradients
-from tiltlm.explain.readers.reading import Option, Reading, Settings
-from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Finding
+from tiltlm.explanation.objective import Claimed, Objective
+from tiltlm.explanation.readers import policy_gradients
+from tiltlm.explanation.readers.reading import Option, Reading, Settings
+from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Finding
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.source import ACCEPTED, Origin
 from tiltlm.protocols import Claim

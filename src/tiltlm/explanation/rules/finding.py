@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from tiltlm.explain.objective import Objective
+from tiltlm.explanation.objective import Objective
 
 Severity = Literal["changes the target", "adds bias or variance", "harmless"]
 TARGET: Severity = "changes the target"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tiltlm.errors import InputError
-from tiltlm.explain.objective import Claimed, Objective, PairLoss
-from tiltlm.explain.rules.finding import Finding
+from tiltlm.explanation.objective import Claimed, Objective, PairLoss
+from tiltlm.explanation.rules.finding import Finding
 
 Kind = Literal["number", "count", "flag", "text", "pair", "numbers"]
 """What a setting holds; all but text may be None where the default is."""

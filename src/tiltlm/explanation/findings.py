@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tiltlm.explain.objective import Claimed, Objective, PairLoss, Sampling
-from tiltlm.explain.rules import advantage, kl, target, update
-from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Case, Finding
+from tiltlm.explanation.objective import Claimed, Objective, PairLoss, Sampling
+from tiltlm.explanation.rules import advantage, kl, target, update
+from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Case, Finding
 
 RULES = (*kl.RULES, *advantage.RULES, *update.RULES, *target.RULES)
 

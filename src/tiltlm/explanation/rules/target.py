@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltlm.explain.rules.finding import TARGET, Case, Finding, Rule
+from tiltlm.explanation.rules.finding import TARGET, Case, Finding, Rule
 
 
 def reward_clip(case: Case) -> Finding | None:

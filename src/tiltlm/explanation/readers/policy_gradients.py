@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from tiltlm.explain.closed_form import law_of
-from tiltlm.explain.objective import Baseline, Estimator, KLTerm, Length, Objective, Sampling, Scale
+from tiltlm.explanation.closed_form import law_of
+from tiltlm.explanation.objective import Baseline, Estimator, KLTerm, Length, Objective, Sampling, Scale
 from tiltlm.inference.training import advantages, aggregate, baselines, credit, importance, kl_terms
 from tiltlm.inference.training.grpo import GRPO
 from tiltlm.inference.training.ppo import PPO, as_they_are, fixed, proportional, whitened

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tiltlm.explain.closed_form import EXACT_BASELINES, lengths_apart, slope_of_loss
-from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Case, Finding, Rule
+from tiltlm.explanation.closed_form import EXACT_BASELINES, lengths_apart, slope_of_loss
+from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Case, Finding, Rule
 
 
 def length_mean(case: Case) -> Finding | None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 
-from tiltlm.explain.tree import Tree, tree
+from tiltlm.explanation.tree import Tree, tree
 from tiltlm.posterior.exact import Exact, kl
 
 Tilt = Callable[[Tensor, Tensor, float], tuple[Tensor, float]]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tiltlm.explain.closed_form import direction, effective_beta, slope_of_loss
-from tiltlm.explain.fixed_points import rest_points
-from tiltlm.explain.rules.finding import FINE, NOISE, TARGET, Case, Finding, Rule
+from tiltlm.explanation.closed_form import direction, effective_beta, slope_of_loss
+from tiltlm.explanation.fixed_points import rest_points
+from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Case, Finding, Rule
 
 
 def no_kl(case: Case) -> Finding | None:
