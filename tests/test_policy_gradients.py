@@ -103,6 +103,18 @@ CLAIMS = {
         credit=to_go,
         kl_coefficient=1.0,
     ),
+    "exact in both, centred": GRPO(
+        advantage=advantages.centred, aggregate=aggregate.total, kl=exact, place=in_both, kl_coefficient=1.0
+    ),
+    "to go, spread over tokens": GRPO(
+        advantage=advantages.leave_one_out,
+        aggregate=aggregate.total,
+        kl=k1,
+        place=in_reward,
+        level=by_sequence,
+        credit=to_go,
+        kl_coefficient=1.0,
+    ),
     "k3 in the reward": GRPO(kl=k3, place=in_reward, kl_coefficient=1.0),
     "k3 of sequences": GRPO(
         advantage=advantages.centred, aggregate=aggregate.total, kl=k3, level=by_sequence, kl_coefficient=1.0
@@ -115,6 +127,8 @@ CLAIMS = {
 
 
 SLOW = {
+    "reinforce, group mean, half the KL",
+    "exact in both, centred",
     "reinforce",
     "ppo",
     "standardised total, to go",

@@ -16,69 +16,215 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tiltlm.diagnostics.certificate import Certificate, certify
+    from tiltlm.diagnostics.evidence_bounds import log_z_bounds
     from tiltlm.diagnostics.frontier import Plan, plan
     from tiltlm.errors import InputError, TiltWarning
+    from tiltlm.evidence.constraint import Constraint
+    from tiltlm.evidence.moments import Moment, match_moments
+    from tiltlm.evidence.power import Power
+    from tiltlm.evidence.preferences import Preferences
     from tiltlm.evidence.reward import Reward
+    from tiltlm.evidence.reward_law import RewardLaw, reward_law
+    from tiltlm.evidence.win_rate import BestOfNReward, WinRate
+    from tiltlm.explanation import explain
+    from tiltlm.explanation.verdict import Explanation
+    from tiltlm.inference.compare import Comparison, Contender, compare
     from tiltlm.inference.decoding.best_of_n import BestOfN
     from tiltlm.inference.decoding.importance import Importance
+    from tiltlm.inference.decoding.mcmc import MCMC
+    from tiltlm.inference.decoding.quasi_rejection import QuasiRejection
     from tiltlm.inference.decoding.rejection import Rejection
+    from tiltlm.inference.decoding.smc import SMC, prefix_evidence
+    from tiltlm.inference.decoding.soft_best_of_n import SoftBestOfN
+    from tiltlm.inference.decoding.value_guided import ValueGuided
     from tiltlm.inference.fit import Training, fit
+    from tiltlm.inference.source import Decoded, FromPrior, Given, OnPolicy, Pool, Replay
+    from tiltlm.inference.training.bond import BOND
+    from tiltlm.inference.training.contrastive_twist import ContrastiveTwist
+    from tiltlm.inference.training.controlled_decoding import ControlledDecoding
+    from tiltlm.inference.training.dpo import DPO
+    from tiltlm.inference.training.dqn import DQN
+    from tiltlm.inference.training.em import EM
+    from tiltlm.inference.training.f_divergence import FDivergence
+    from tiltlm.inference.training.fudge import Fudge
+    from tiltlm.inference.training.grpo import GRPO
+    from tiltlm.inference.training.ipo import IPO
+    from tiltlm.inference.training.path_consistency import PathConsistency
+    from tiltlm.inference.training.ppo import PPO
+    from tiltlm.inference.training.q_learning import QLearning
+    from tiltlm.inference.training.raft import RAFT, IteratedRAFT
+    from tiltlm.inference.training.reinforce import Reinforce
     from tiltlm.inference.training.rloo import RLOO
+    from tiltlm.inference.training.sarsa import SARSA
+    from tiltlm.inference.training.sft import SFT
+    from tiltlm.inference.training.soft_q_learning import SoftQLearning
+    from tiltlm.inference.training.soft_sarsa import SoftSARSA
+    from tiltlm.inference.training.soft_value_regression import SoftValueRegression
+    from tiltlm.inference.training.sub_trajectory_balance import SubTrajectoryBalance
+    from tiltlm.inference.training.trajectory_balance import TrajectoryBalance
+    from tiltlm.inference.training.var_grad import VarGrad
     from tiltlm.lm.adapters import LoRA
+    from tiltlm.lm.given import demonstrations, preferences
     from tiltlm.lm.load import LanguageModel, load
     from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
     from tiltlm.target import Target
 
 _HOME = {
+    "BOND": "inference.training.bond",
     "BestOfN": "inference.decoding.best_of_n",
+    "BestOfNReward": "evidence.win_rate",
     "Certificate": "diagnostics.certificate",
+    "Comparison": "inference.compare",
+    "Constraint": "evidence.constraint",
+    "Contender": "inference.compare",
+    "ContrastiveTwist": "inference.training.contrastive_twist",
+    "ControlledDecoding": "inference.training.controlled_decoding",
+    "DPO": "inference.training.dpo",
+    "DQN": "inference.training.dqn",
+    "Decoded": "inference.source",
     "Draws": "records",
+    "EM": "inference.training.em",
     "Estimate": "records",
+    "Explanation": "explanation.verdict",
+    "FDivergence": "inference.training.f_divergence",
+    "FromPrior": "inference.source",
+    "Fudge": "inference.training.fudge",
+    "GRPO": "inference.training.grpo",
+    "Given": "inference.source",
+    "IPO": "inference.training.ipo",
     "Importance": "inference.decoding.importance",
     "InputError": "errors",
     "Interval": "records",
+    "IteratedRAFT": "inference.training.raft",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",
+    "MCMC": "inference.decoding.mcmc",
+    "Moment": "evidence.moments",
+    "OnPolicy": "inference.source",
+    "PPO": "inference.training.ppo",
+    "PathConsistency": "inference.training.path_consistency",
     "Plan": "diagnostics.frontier",
+    "Pool": "inference.source",
+    "Power": "evidence.power",
+    "Preferences": "evidence.preferences",
     "Prompts": "records",
+    "QLearning": "inference.training.q_learning",
+    "QuasiRejection": "inference.decoding.quasi_rejection",
+    "RAFT": "inference.training.raft",
     "RLOO": "inference.training.rloo",
+    "Reinforce": "inference.training.reinforce",
     "Rejection": "inference.decoding.rejection",
+    "Replay": "inference.source",
     "Reward": "evidence.reward",
+    "RewardLaw": "evidence.reward_law",
+    "SARSA": "inference.training.sarsa",
+    "SFT": "inference.training.sft",
+    "SMC": "inference.decoding.smc",
     "Scored": "records",
+    "SoftBestOfN": "inference.decoding.soft_best_of_n",
+    "SoftQLearning": "inference.training.soft_q_learning",
+    "SoftSARSA": "inference.training.soft_sarsa",
+    "SoftValueRegression": "inference.training.soft_value_regression",
+    "SubTrajectoryBalance": "inference.training.sub_trajectory_balance",
     "Target": "target",
     "TiltWarning": "errors",
     "Training": "inference.fit",
+    "TrajectoryBalance": "inference.training.trajectory_balance",
+    "ValueGuided": "inference.decoding.value_guided",
+    "VarGrad": "inference.training.var_grad",
     "Weighted": "records",
+    "WinRate": "evidence.win_rate",
     "certify": "diagnostics.certificate",
+    "compare": "inference.compare",
+    "demonstrations": "lm.given",
+    "explain": "explanation",
     "fit": "inference.fit",
     "load": "lm.load",
+    "log_z_bounds": "diagnostics.evidence_bounds",
+    "match_moments": "evidence.moments",
     "plan": "diagnostics.frontier",
+    "preferences": "lm.given",
+    "prefix_evidence": "inference.decoding.smc",
+    "reward_law": "evidence.reward_law",
 }
 
 __all__ = [
+    "BOND",
+    "DPO",
+    "DQN",
+    "EM",
+    "GRPO",
+    "IPO",
+    "MCMC",
+    "PPO",
+    "RAFT",
     "RLOO",
+    "SARSA",
+    "SFT",
+    "SMC",
     "BestOfN",
+    "BestOfNReward",
     "Certificate",
+    "Comparison",
+    "Constraint",
+    "Contender",
+    "ContrastiveTwist",
+    "ControlledDecoding",
+    "Decoded",
     "Draws",
     "Estimate",
+    "Explanation",
+    "FDivergence",
+    "FromPrior",
+    "Fudge",
+    "Given",
     "Importance",
     "InputError",
     "Interval",
+    "IteratedRAFT",
     "LanguageModel",
     "LoRA",
+    "Moment",
+    "OnPolicy",
+    "PathConsistency",
     "Plan",
+    "Pool",
+    "Power",
+    "Preferences",
     "Prompts",
+    "QLearning",
+    "QuasiRejection",
+    "Reinforce",
     "Rejection",
+    "Replay",
     "Reward",
+    "RewardLaw",
     "Scored",
+    "SoftBestOfN",
+    "SoftQLearning",
+    "SoftSARSA",
+    "SoftValueRegression",
+    "SubTrajectoryBalance",
     "Target",
     "TiltWarning",
     "Training",
+    "TrajectoryBalance",
+    "ValueGuided",
+    "VarGrad",
     "Weighted",
+    "WinRate",
     "certify",
+    "compare",
+    "demonstrations",
+    "explain",
     "fit",
     "load",
+    "log_z_bounds",
+    "match_moments",
     "plan",
+    "preferences",
+    "prefix_evidence",
+    "reward_law",
 ]
 
 

@@ -74,7 +74,7 @@ def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[...
         def run(recipe: Path | None, **values: Any) -> None:
             flags = {name: values.pop(name) for _, name in fields}
             flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
-            flags |= {name: _pairs(name, flags[name]) for name in flags if _is_mapping(name) and flags[name]}
+            flags |= {name: _pairs(name, given) for name, given in flags.items() if _is_mapping(name) and given}
             command(recipe=read_recipe(recipe, flags), **values)
 
         file = inspect.Parameter(

@@ -94,7 +94,9 @@ HEAD = ("engine", "kind", "fixed point", "objective", "bias", "data", "proof")
 
 def claims_table(rows: Sequence[Row]) -> Table:
     """A table for the terminal."""
-    table = Table(*HEAD, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in HEAD:
+        table.add_column(head, overflow="fold", no_wrap=head in {"engine", "kind", "data"})
     for row in rows:
         table.add_row(*_cells(row))
     return table

@@ -171,10 +171,10 @@ class FDivergence:
 
 
 PRESETS: Mapping[str, FDivergence] = {
-    "CDPG": FDivergence(forward_kl),
-    "f-DPG-RKL": FDivergence(reverse_kl),
-    "f-DPG-JS": FDivergence(jensen_shannon),
-    "f-DPG-TV": FDivergence(total_variation),
-    "f-DPG-chi2": FDivergence(chi_squared),
+    "cdpg": FDivergence(forward_kl),
+    "f-dpg-rkl": FDivergence(reverse_kl),
+    "f-dpg-js": FDivergence(jensen_shannon),
+    "f-dpg-tv": FDivergence(total_variation),
+    "f-dpg-chi2": FDivergence(chi_squared),
 }
 """Names from the literature: conditional DPG, and f-DPG with each divergence."""

@@ -191,7 +191,10 @@ def _in_credits(engine: GRPO) -> Verdict:
         # To go, a token's credit at p* is V*(s_t), which does not know the token; evenly weighed it wants nothing on average.
         sound = (engine.credit is whole and engine.advantage is not uncentred) or (even and not split)
     else:
-        sound = engine.place is in_both and engine.kl in (k1, k3, exact) and even and unit and not split
+        # `centred` shrinks the charge and not the penalty: off by order 1/G, where everything else is exact.
+        nearly = engine.advantage is centred and engine.aggregate is total and engine.kl_coefficient == 1
+        product_rule = engine.place is in_both and engine.kl in (k1, k3, exact) and not split
+        sound = product_rule and ((unit and even) or nearly)
     if not sound:
         return "none", "not known: the KL's terms do not add up to the gradient of one divergence", "unknown"
     if engine.kl_coefficient != 1:

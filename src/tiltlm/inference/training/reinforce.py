@@ -30,8 +30,8 @@ class Reinforce:
 
     Attributes:
         group: completions of each prompt in a step; at least 2 for `of_the_group`, where a draw alone would cancel itself.
-        baseline: `of_the_others`, `of_the_group` (shrinks the gradient by 1 - 1/G, which is all of its bias),
-            `of_earlier_draws`, `no_baseline`, or your own function of (credits, prompt index, mean of earlier draws).
+        baseline: `of_the_others`, `of_the_group` (shrinks by 1 - 1/G what passes through it: with `sampled` the whole gradient,
+            with `rao_blackwell` not the penalty, which moves the fixed point by order 1/G), `of_earlier_draws`, `no_baseline`, or your own function of (credits, prompt index, mean of earlier draws).
         credit: `whole` completions, or the reward `to_go` with the future KL.
         kl: `sampled`, or `rao_blackwell` for the exact KL of every state.
         memory: of the running mean that `of_earlier_draws` subtracts; 0 keeps only the last step.
@@ -58,17 +58,13 @@ class Reinforce:
         known = self.credit in (whole, to_go) and self.kl in (sampled, rao_blackwell)
         apart = self.baseline in (no_baseline, of_the_others, of_earlier_draws)
         bias = "none" if apart else "1/n" if self.baseline is of_the_group else "unknown"
-        if self.baseline is of_the_group and self.kl is rao_blackwell:
-            # The penalty does not pass through the baseline: the score's half of the KL shrinks, the other half does not.
-            half = "KL(q||p*), of whose KL term only the score half is shrunk"
-            return Claim(fixed_point="none", objective=half, needs=needs_of(self.kl), source=SOURCE)
         return Claim(
             fixed_point="p*",
             objective="KL(q||p*)",
             bias=bias if known else "unknown",
             needs=needs_of(self.kl),
             zero_variance=self.baseline is not no_baseline and self.credit is whole and self.kl is sampled,
-            source=SOURCE,
+            source="Williams 1992; Korbak et al. 2022",
         )
 
     def init(self, prompts: Prompts) -> RunningMean:
@@ -92,6 +88,3 @@ def weighted_score(forward: Forward, advantage: Tensor, penalty: Tensor) -> Tens
 def needs_of(kl: KLTerm) -> frozenset[str]:
     """What a KL term reads of a pass; one of your own may read the exact KL too."""
     return frozenset({"log_q"}) if kl is sampled else frozenset({"log_q", "kl"})
-
-
-SOURCE = "Williams 1992; Korbak et al. 2022"
