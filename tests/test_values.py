@@ -20,7 +20,7 @@ from tiltlm.inference.training import soft_value_regression as svr
 from tiltlm.inference.training.contrastive_twist import ContrastiveTwist
 from tiltlm.inference.training.controlled_decoding import ControlledDecoding
 from tiltlm.inference.training.dqn import DQN
-from tiltlm.inference.training.fudge import Fudge
+from tiltlm.inference.training.fudge import EDGE, Fudge, log_failure
 from tiltlm.inference.training.q_learning import QLearning
 from tiltlm.inference.training.sarsa import SARSA
 from tiltlm.inference.training.soft_q_learning import SoftQLearning
@@ -31,8 +31,9 @@ from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
 from tiltlm.posterior.values import Tree, max_backup, prior_backup, soft_backup
 from tiltlm.protocols import Claim
+from tiltlm.records import Forward
 from tiltlm.testing import ClaimRefuted, check_engine, examine, fixture_a, fixture_b, small_language, tabular_tokenizer
-from tiltlm.testing.values import Signals, behaviours, forward_of, settle_on_population, tree_of
+from tiltlm.testing.values import Signals, behaviours, even, forward_of, settle_on_population, tree_of
 
 ENGINES = {
     "soft-q": SoftQLearning(),
@@ -655,6 +656,30 @@ def test_scale_of_others():
     assert_close(got, torch.tensor([3.0, 2.5, 1.5], dtype=torch.float64))
     alone = svr.others_log_mean(phi[:1].log(), scored.select(torch.tensor([0])))
     assert alone[0] == -torch.inf
+
+
+def test_a_constant_of_a_length_is_open_but_for_the_anchor():
+    tree = tree_of(small_language())
+    scored = tree.exact.scored
+    scored = replace(scored, draws=replace(scored.draws, log_q=even(tree), sampler=""))
+    gradients = []
+    for shift in (torch.zeros(2), torch.tensor([0.7, -1.3])):
+        q = (0.1 * torch.arange(14.0).view(7, 2) + shift).double().requires_grad_()
+        for anchor in (1e-12, 1.0):
+            loss, _ = ContrastiveTwist(anchor=anchor).loss(Forward(scored.log_prior, q=q), scored)
+            gradients.append(torch.autograd.grad(loss, q)[0])
+    assert_close(gradients[0], gradients[2], atol=1e-10, rtol=0)
+    assert (gradients[1] - gradients[3]).abs().max() > 0.01
+
+
+def test_failure_goes_on_as_its_tangent():
+    log_p = torch.tensor([-2.0, -EDGE, -EDGE / 2, 0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    value = log_failure(log_p)
+    (slope,) = torch.autograd.grad(value.sum(), log_p)
+    assert_close(value[0].detach(), torch.tensor(1 - math.exp(-2.0), dtype=torch.float64).log())
+    edge = -math.exp(-EDGE) / (1 - math.exp(-EDGE))
+    assert_close(slope[2:], torch.full((3,), edge, dtype=torch.float64))
+    assert_close(value[3] - value[2], torch.tensor(edge * EDGE / 2, dtype=torch.float64))
 
 
 def test_sources_are_refused_by_the_claim():

@@ -30,8 +30,9 @@ class Reinforce:
 
     Attributes:
         group: completions of each prompt in a step; at least 2 for `of_the_group`, where a draw alone would cancel itself.
-        baseline: `of_the_others`, `of_the_group` (shrinks by 1 - 1/G what passes through it: with `sampled` the whole gradient,
-            with `rao_blackwell` not the penalty, which moves the fixed point by order 1/G), `of_earlier_draws`, `no_baseline`, or your own function of (credits, prompt index, mean of earlier draws).
+        baseline: `of_the_others`; `of_the_group`, which shrinks by 1 - 1/G what passes through it: with `sampled` the whole
+            gradient, with `rao_blackwell` all but the penalty, so that the fixed point moves by order 1/G; `of_earlier_draws`;
+            `no_baseline`; or your own function of (credits, prompt index, mean of earlier draws).
         credit: `whole` completions, or the reward `to_go` with the future KL.
         kl: `sampled`, or `rao_blackwell` for the exact KL of every state.
         memory: of the running mean that `of_earlier_draws` subtracts; 0 keeps only the last step.
