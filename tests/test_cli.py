@@ -482,7 +482,7 @@ class TestSample:
         ended = cli("sample", "recipe.yaml", *flags)
         assert ended.code == 0, ended.err
         found = numbers("s.json")
-        assert set(found) == {"engine", "draws", "prompts", "log_z"}
+        assert set(found) == {"engine", "draws", "prompts", "log_z", "diagnostics"}
         assert [row["prompt"] for row in found["prompts"]] == ["the film", "a quiet story", "two friends"]
         for row in found["prompts"]:
             assert row["prompt"] in ended.out

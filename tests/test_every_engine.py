@@ -51,6 +51,45 @@ def test_decodes(cli, refused, here, name):
     assert len(json.loads((here / "s.json").read_text())["prompts"]) == 3
 
 
+def test_a_critic_is_certified_and_decodes(cli, refused, here, models):
+    """What a value engine learned is a policy for certify, a proposal for importance, and a twist for SMC."""
+    write(here / "recipe.yaml", settings(models, max_new_tokens=4, batch=3))
+    assert cli("train", "recipe.yaml", "--engine", "soft-value-regression", "--steps", "3").code == 0
+    assert cli("certify", "recipe.yaml", "--json", "c.json").code == 0
+    assert json.loads((here / "c.json").read_text())["kl_prior"]["value"] > 0
+    for flags in (["value-guided", "--proposal", "run/policy"], ["smc", "--twist", "run/policy"]):
+        ended = cli("sample", "recipe.yaml", "--engine", *flags, "--draws", "8")
+        assert ended.code == 0, ended.err
+    ended = cli(
+        "sample", "recipe.yaml", "--engine", "smc", "--twist", "prefix", "--draws", "8", "--option", "threshold=0.9"
+    )
+    assert ended.code == 0, ended.err
+    assert "resampled" in ended.err
+    assert "use --engine smc" in refused("sample", "recipe.yaml", "--engine", "importance", "--twist", "prefix")
+
+
+def test_compare(cli, refused, here):
+    names = "prior,rejection,rloo,var-grad+replay,sft,rloo/importance"
+    ended = cli("compare", "recipe.yaml", "--engines", names, "--budget", "36", "--seconds", "1", "--json", "c.json")
+    assert ended.code == 0, ended.err
+    samples, seconds = json.loads((here / "c.json").read_text())["comparisons"]
+    assert [result["name"] for result in samples["results"]] == names.split(",")
+    assert samples["budget"] == "36 samples"
+    assert {result["samples"] for result in samples["results"] if result["steps"]} <= {36, 39, 45}
+    assert seconds["budget"] == "1 seconds of training"
+    assert "KL(q‖p*)" in (here / "run" / "compare.html").read_text()
+    assert "raise samples" in refused("compare", "recipe.yaml", "--engines", "rloo", "--budget", "2")
+
+
+def test_the_list_of_engines(cli, refused, here):
+    ended = cli("engines", "var-grad", "--prove", "--json", "e.json")
+    assert ended.code == 0, ended.err
+    (row,) = json.loads((here / "e.json").read_text())["engines"]
+    assert all(check["passed"] for check in row["checks"])
+    assert cli("engines").code == 0
+    assert "did you mean 'var-grad'" in refused("engines", "var-gard")
+
+
 def test_a_misspelt_option_says_what_there_is(refused, here):
     message = refused("train", "recipe.yaml", "--engine", "ppo", "--options", "gama=1")
     assert "option 'gama' is none of ppo's; it has" in message

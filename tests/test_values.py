@@ -663,8 +663,8 @@ def test_a_constant_of_a_length_is_open_but_for_the_anchor():
     scored = tree.exact.scored
     scored = replace(scored, draws=replace(scored.draws, log_q=even(tree), sampler=""))
     gradients = []
-    for shift in (torch.zeros(2), torch.tensor([0.7, -1.3])):
-        q = (0.1 * torch.arange(14.0).view(7, 2) + shift).double().requires_grad_()
+    for shift in torch.tensor([[0.0, 0.0], [0.7, -1.3]], dtype=torch.float64):
+        q = (0.1 * torch.arange(14).view(7, 2).double() + shift).requires_grad_()
         for anchor in (1e-12, 1.0):
             loss, _ = ContrastiveTwist(anchor=anchor).loss(Forward(scored.log_prior, q=q), scored)
             gradients.append(torch.autograd.grad(loss, q)[0])

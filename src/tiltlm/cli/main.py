@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tiltlm.cli.options import recipe_command
+from tiltlm.cli.options import pairs, recipe_command
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
 
@@ -99,18 +99,25 @@ def certify(
 @recipe_command("Prior", "Evidence", "Run")
 def sample(
     recipe: Recipe,
-    engine: Annotated[str, typer.Option(help="best-of-n, importance or rejection")] = "importance",
+    engine: Annotated[str, typer.Option(help="a decoding engine; tiltlm engines lists them")] = "importance",
     draws: Annotated[int, typer.Option(help="proposals a prompt", min=1)] = 64,
     count: Annotated[int, typer.Option(help="samples a prompt", min=1)] = 1,
     proposal: Annotated[
         str | None, typer.Option(help="adapter or model to draw from instead of the prior", show_default=False)
     ] = None,
+    twist: Annotated[
+        str | None, typer.Option(help="for smc: a critic's folder, or 'prefix'", show_default=False)
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="a setting of the engine, as name=value", show_default=False)
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Draw from the posterior now, without training."""
     _require_writable(json_file)
+    settings = pairs("option", option or [])
     with _draw_bars() as bars:
-        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal)
+        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, twist=twist, options=settings)
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         console.print(prompt, style="bold", highlight=False, markup=False, soft_wrap=True)
@@ -120,11 +127,15 @@ def sample(
         if not row["completions"]:
             console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
     log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
-    _write_json(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z})
+    signs = {name: values.tolist() for name, values in weighted.diagnostics.items()}
+    if signs:
+        means = [f"{name} {sum(values) / len(values):.2f}" for name, values in signs.items()]
+        stderr.print(f"mean over prompts: {', '.join(means)}", highlight=False, soft_wrap=True)
+    _write_json(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z, "diagnostics": signs})
 
 
 @app.command(
-    epilog="Examples: tiltlm compare recipes/film.yaml --samples 2048 · … --engines prior,rloo,var-grad+replay,rloo/smc --seconds 60"
+    epilog="Examples: tiltlm compare recipes/film.yaml --budget 2048 · … --engines prior,rloo,var-grad+replay,rloo/smc --seconds 60"
 )
 @recipe_command("Prior", "Evidence", "Training", "Samples", "Run")
 def compare(

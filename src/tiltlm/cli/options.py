@@ -74,7 +74,7 @@ def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[...
         def run(recipe: Path | None, **values: Any) -> None:
             flags = {name: values.pop(name) for _, name in fields}
             flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
-            flags |= {name: _pairs(name, given) for name, given in flags.items() if _is_mapping(name) and given}
+            flags |= {name: pairs(name, given) for name, given in flags.items() if _is_mapping(name) and given}
             command(recipe=read_recipe(recipe, flags), **values)
 
         file = inspect.Parameter(
@@ -106,7 +106,7 @@ def _is_mapping(name: str) -> bool:
     return typing.get_origin(Recipe.model_fields[name].annotation) is dict
 
 
-def _pairs(name: str, given: list[str]) -> dict[str, Any]:
+def pairs(name: str, given: list[str]) -> dict[str, Any]:
     """name=value, each value as YAML reads it."""
     pairs = [text.partition("=") for text in given]
     wrong = next((text for text, (key, equals, _) in zip(given, pairs, strict=True) if not key or not equals), None)

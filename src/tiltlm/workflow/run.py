@@ -25,6 +25,7 @@ from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.compare import with_budget
+from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Given, Replay, Source
@@ -295,10 +296,12 @@ class Run:
             return self.prior
         if (folder / "adapter_config.json").is_file():
             return self.prior.policy(start=folder)
+        if (folder / "critic.json").is_file():
+            return self.prior.critic(start=folder)
         if (folder / "config.json").is_file():
             return self.prior.policy_of(load(folder, dtype=self.recipe.dtype, device=self.recipe.device).body)
         raise InputError(
-            f"{str(folder)!r} holds neither an adapter nor a model; run tiltlm train first, or give its folder"
+            f"{str(folder)!r} holds neither an adapter, nor a critic, nor a model; run tiltlm train first, or give its folder"
         )
 
     def _write_samples(self, target: Target, prior_draws: Scored, certificate: Certificate) -> None:
@@ -315,15 +318,28 @@ class Run:
     # --- sample ---
 
     def sample(
-        self, engine: str, draws: int, count: int, proposal: str | None
+        self,
+        engine: str,
+        draws: int,
+        count: int,
+        proposal: str | None,
+        *,
+        twist: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[Weighted, list[dict[str, Any]]]:
         """Posterior samples without training: `count` completions a prompt, resampled from the engine's weights.
+
+        Args:
+            twist: for SMC, a critic's folder, or "prefix" where the reward makes sense of unfinished completions.
+            options: the engine's own settings.
 
         Raises:
             InputError: for an engine that is not there, or one that cannot serve this target.
         """
         self.check()
-        decoder = with_budget(make_engine(decoding_engines(), engine, {}), draws)
+        decoder = with_budget(make_engine(decoding_engines(), engine, dict(options or {})), draws)
+        if twist is not None:
+            decoder = self._twisted(decoder, twist)
         sampler = None if proposal is None else self._sampler(proposal)
         target = self.target(self.chosen_beta())
         count_drawn = len(self.prompts) * draws
@@ -341,6 +357,11 @@ class Run:
             texts = [{"text": weighted.scored.draws.texts[i], "reward": float(reward[i])} for i in picked]
             rows.append({"prompt": prompt, "completions": texts})
         return weighted, rows
+
+    def _twisted(self, decoder: Any, twist: str) -> Any:
+        if not _has(decoder, "twist"):
+            raise InputError(f"twist is {twist!r}, but {type(decoder).__name__} has none; use --engine smc")
+        return replace(decoder, twist=prefix_evidence if twist == "prefix" else self.prior.critic(start=twist))
 
     # --- files ---
 
