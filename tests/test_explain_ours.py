@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from test_cli import cli, refused  # noqa: F401  fixtures
 from tiltlm.errors import InputError
 from tiltlm.explanation import detect, explain, implied_law, law_of, laws
 from tiltlm.explanation.implied import drift
@@ -385,7 +384,7 @@ def test_a_bad_recipe_is_one_sentence(recipe, words):
         (ROOT / "recipes" / "film.yaml", "TiltLM rloo: converges to p* of the prior at temperature 0.7"),
     ],
 )
-def test_the_command_explains_a_file(cli, tmp_path, file, headline):  # noqa: F811
+def test_the_command_explains_a_file(cli, tmp_path, file, headline):
     ended = cli("explain", file, "--json", tmp_path / "found.json")
     assert ended.code == 0, ended
     assert ended.out.startswith(headline)
@@ -393,7 +392,7 @@ def test_the_command_explains_a_file(cli, tmp_path, file, headline):  # noqa: F8
     assert json.loads((tmp_path / "found.json").read_text())["fixed_point"] == explain(file).fixed_point
 
 
-def test_the_command_takes_the_prior_s_rate_of_success(cli):  # noqa: F811
+def test_the_command_takes_the_prior_s_rate_of_success(cli):
     low, high = (cli("explain", DATA / "trl_grpo.yaml", "--p0", p0).out for p0 in (0.2, 0.5))
     assert low != high
     assert "π0 = 0.5" in high
@@ -407,11 +406,11 @@ def test_the_command_takes_the_prior_s_rate_of_success(cli):  # noqa: F811
         ("engine: [\n", "'bad.yaml' is not YAML"),
     ],
 )
-def test_the_command_refuses_a_bad_file_in_one_sentence(refused, tmp_path, text, message):  # noqa: F811
+def test_the_command_refuses_a_bad_file_in_one_sentence(refused, tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     assert message in refused("explain", tmp_path / "bad.yaml")
 
 
-def test_the_command_refuses_what_is_not_there(refused, tmp_path):  # noqa: F811
+def test_the_command_refuses_what_is_not_there(refused, tmp_path):
     assert "cannot be read" in refused("explain", tmp_path / "none.yaml")
     assert "p0 is 2;" in refused("explain", DATA / "trl_grpo.yaml", "--p0", 2)
