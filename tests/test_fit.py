@@ -13,7 +13,8 @@ from torch.testing import assert_close
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from tiltlm.inference import checkpoint
-from tiltlm.inference.fit import accumulate, batch_of
+from tiltlm.inference.accumulate import accumulate
+from tiltlm.inference.fit import batch_of
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.lm.load import load

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
-from tiltlm.inference.fit import accumulate
+from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.optimise import Optimiser
 from tiltlm.inference.source import Replay

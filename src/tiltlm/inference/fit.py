@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from tiltlm.diagnostics.certificate import Certificate, certify
 from tiltlm.errors import InputError
 from tiltlm.inference import checkpoint
+from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
 from tiltlm.inference.source import Source, default_source, require_sound
 from tiltlm.inference.training.rloo import RLOO
 from tiltlm.lm.adapters import LoRA
-from tiltlm.lm.score import batches
 from tiltlm.protocols import Policy, TrainingEngine
-from tiltlm.records import POLICY_FIELDS, Forward, Info, Prompts, Scored
+from tiltlm.records import POLICY_FIELDS, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target, require_finite, require_trainable
@@ -368,61 +368,6 @@ def refuse_earlier(out: Path) -> None:
         )
 
 
-def accumulate(
-    policy: Policy,
-    engine: TrainingEngine[Any],
-    scored: Scored,
-    state: Any,
-    micro_tokens: int,
-    optimiser: Optimiser,
-    *,
-    fresh: bool,
-) -> tuple[Tensor, Info]:
-    """Put the loss's gradient into the optimiser, in passes of at most about `micro_tokens` completion tokens.
-
-    The loss sees the policy only through `Forward`. So first it is evaluated on the values alone, which gives its
-    derivative with respect to every log-probability; then each micro-batch is run once with gradient and delivers its part.
-    The engine sees the whole batch, whatever the memory.
-
-    Args:
-        fresh: all of the draws are of the policy as it is, so the values are known from drawing.
-    """
-    needs, draws = engine.claim.needs, scored.draws
-    parts = list(batches(draws, micro_tokens))
-    if len(parts) == 1:
-        loss, info = engine.loss(policy.forward(draws, needs), scored, state)
-        loss.backward()
-        optimiser.gather()
-        return loss.detach(), info
-    if fresh and needs == {"log_q"}:
-        values = Forward(draws.log_q)
-    else:
-        with torch.no_grad():
-            values = _join([policy.forward(draws.select(rows), needs) for rows in parts])
-    leaves = _map(values, lambda t: t.detach().clone().requires_grad_())
-    loss, info = engine.loss(leaves, scored, state)
-    loss.backward()
-    for rows in parts:
-        forward = policy.forward(draws.select(rows), needs)
-        pairs = [
-            (out, leaf.grad[rows])
-            for out, leaf in zip(forward.leaves(), leaves.leaves(), strict=True)
-            if leaf.grad is not None
-        ]
-        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
-        optimiser.gather()
-    return loss.detach(), info
-
-
-def _map(forward: Forward, change: Callable[[Tensor], Tensor]) -> Forward:
-    return replace(forward, **{name: change(t) for name, t in vars(forward).items() if t is not None})
-
-
-def _join(parts: Sequence[Forward]) -> Forward:
-    filled = [name for name, t in vars(parts[0]).items() if t is not None]
-    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
-
-
 def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
     """The prompts of a step: every prompt once an epoch, in an order that depends on seed and epoch only."""
     chosen: list[int] = []
@@ -437,4 +382,4 @@ def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
     return chosen
 
 
-__all__ = ["Training", "accumulate", "fit", "refuse_earlier"]
+__all__ = ["Training", "fit", "refuse_earlier"]
