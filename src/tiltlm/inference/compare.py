@@ -105,7 +105,7 @@ class Comparison:
             for row in rows
         ]
         truth = "exact, by listing all completions" if self.exact else "95% intervals"
-        return "\n".join([f"beta {self.beta:g}, at equal budget of {self.budget}; nats, {truth}", *lines])
+        return "\n".join([f"beta {self.beta:.3g}, at equal budget of {self.budget}; nats, {truth}", *lines])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

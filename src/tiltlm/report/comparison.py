@@ -48,7 +48,7 @@ def distance_figure(comparison: Json) -> go.Figure:
             x=[value],
             y=[result["name"]],
             mode="markers",
-            marker={"color": colour, "size": 11, "symbol": "line-ns-open" if bound else "circle"},
+            marker={"color": colour, "size": 11, "symbol": _symbol(bound, high)},
             error_x={
                 "type": "data",
                 "symmetric": False,
@@ -60,8 +60,16 @@ def distance_figure(comparison: Json) -> go.Figure:
             },
             hovertemplate=f"{result['name']}: {_interval(interval)}<br>E r {show(result['reward']['value'])}<extra></extra>",
         )
-    figure.update_xaxes(rangemode="tozero")
+    right = max([finite(r["to_posterior"]["high"]) or value for value, r in known], default=1.0) or 1.0
+    figure.update_xaxes(range=[-0.02 * right, 1.06 * right])
     return figure
+
+
+def _symbol(bound: bool, high: float | None) -> str:
+    """A dot; a stroke for an upper bound; a triangle to the right where nothing bounds it from above."""
+    if bound:
+        return "line-ns-open"
+    return "circle" if high is not None else "triangle-right"
 
 
 def _middle(result: Json) -> float | None:
