@@ -155,11 +155,11 @@ class Replay:
 
     Attributes:
         old: earlier draws of each prompt in a step, beside the engine's `group` of fresh ones.
-        capacity: draws kept for each prompt; the oldest leave first.
+        capacity: draws kept for each prompt; the oldest leave first. A long memory pays, a short one does not (LAB.md).
     """
 
     old: int = 8
-    capacity: int = 64
+    capacity: int = 1024
 
     @property
     def origin(self) -> Origin:

@@ -49,7 +49,7 @@ def _contender(name: str, group: int) -> Contender:
     engine = make_engine({**decoders, **trainers} if base not in trainers else trainers, base, {})
     if hasattr(engine, "group"):
         engine = replace(engine, group=group)
-    source: Any = Replay(old=group, capacity=8 * group) if plus else None
+    source: Any = Replay(old=group) if plus else None
     if source is None and engine.claim.data == "given":
         source = Decoded(with_budget(decoders[TEACHER], group))
     return Contender(engine, source, then=then)

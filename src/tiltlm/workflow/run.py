@@ -115,7 +115,7 @@ class Run:
         """Where the completions to learn from come from; None leaves it to the engine."""
         r = self.recipe
         if r.replay:
-            return Replay(old=r.replay, capacity=max(64, 4 * r.replay))
+            return Replay(old=r.replay, capacity=max(1024, r.replay))
         if self._teacher is not None:
             return Decoded(self._teacher)
         return Given(self.given) if r.data is not None else None
