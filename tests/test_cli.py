@@ -438,7 +438,7 @@ class TestFolders:
 
     def test_nothing_to_certify(self, refused, here):
         message = refused("certify", "recipe.yaml")
-        assert "'run/policy' holds neither an adapter nor a model; run tiltlm train first" in message
+        assert "'run/policy' holds neither an adapter, nor a critic, nor a model; run tiltlm train first" in message
         assert "'none' holds neither" in refused("certify", "recipe.yaml", "--policy", "none")
 
     def test_an_adapter_of_another_model(self, refused, cli, here):
@@ -460,7 +460,7 @@ class TestSample:
         ("flags", "message"),
         [
             (["--engine", "smcc"], "engine is 'smcc'; did you mean 'smc'?"),
-            (["--proposal", "none"], "'none' holds neither an adapter nor a model"),
+            (["--proposal", "none"], "'none' holds neither an adapter, nor a critic, nor a model"),
         ],
     )
     def test_bad(self, refused, here, flags, message):

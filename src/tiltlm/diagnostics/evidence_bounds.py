@@ -52,7 +52,9 @@ class Bounds:
 
     @property
     def interval(self) -> Interval:
-        """KL(q || p*) at 95%."""
+        """KL(q || p*) at 95%; an infinite one has no error."""
+        if self.low == math.inf:
+            return Interval(math.inf, math.inf, math.inf)
         high = self.high + Z95 * self.high_stderr if math.isfinite(self.high) else math.inf
         value = (self.low + self.high) / 2 if math.isfinite(self.high) else self.low
         return Interval(max(0.0, value), max(0.0, self.low - Z95 * self.low_stderr), high)
