@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import roots_legendre
 from torch import Tensor
 
 from tiltlm.errors import InputError
@@ -193,7 +194,7 @@ def sir_law(exact: Exact, n: int) -> Float[Tensor, " K"]:
     """
     prior, weight = exact.log_prior.exp(), exact.scored.log_evidence.exp()
     mean = float((prior * weight).sum())
-    nodes, weights = np.polynomial.legendre.leggauss(4000)
+    nodes, weights = roots_legendre(4000)
     u = torch.tensor((nodes + 1) / 2)  # t = u / (1 - u) / (n mean) maps (0, 1) to (0, inf)
     t = u / (1 - u) / (n * mean)
     dt = torch.tensor(weights / 2) / (1 - u) ** 2 / (n * mean)
