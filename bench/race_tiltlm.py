@@ -14,7 +14,6 @@ from race_task import BETA, LONGEST, PROMPTS, reward_function
 
 import tiltlm as tl
 from tiltlm.inference.catalogue import make_engine, training_engines
-from tiltlm.inference.compare import _Counted
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Replay, default_source
 from tiltlm.posterior import exact as ex
@@ -89,21 +88,21 @@ def main() -> None:
     else:
         engine = make_engine(training_engines(), options.engine, {"group": options.group, **options.options})
         source = source_of(engine, options)
-        counted = _Counted(source)
+        monitor = Monitor(quiet=True)
         policy = tl.fit(
             target,
             prompts,
             engine,
-            source=counted,
+            source=source,
             lora=None,
             steps=steps,
             batch=len(PROMPTS),
             lr=options.lr,
             engine_lr=options.engine_lr,
             seed=options.seed,
-            monitor=Monitor(quiet=True),
+            monitor=monitor,
         )
-        facts["samples"] = counted.drawn[0]
+        facts["samples"] = monitor.drawn
     facts["seconds"] = time.perf_counter() - began
     if options.decode:
         facts["smc_bound"] = smc_bound(target, prompts, policy, truth, options.decode)

@@ -1,14 +1,16 @@
 """Engines by name, and engines side by side."""
 
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import tiltlm as tl
 from tiltlm.inference.catalogue import decoding_engines, make_engine, name_of, summary_of, training_engines
-from tiltlm.inference.compare import Contender, compare, with_budget
+from tiltlm.inference.compare import Contender, compare
+from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.source import Decoded, Pool, Replay
 from tiltlm.inference.training.rloo import RLOO
 from tiltlm.inference.training.var_grad import VarGrad
@@ -184,13 +186,58 @@ class TestCompare:
         assert all(torch.equal(a, b) for a, b in zip(before, prior.body.model.parameters(), strict=True))
 
 
+class TestBudget:
+    @pytest.mark.parametrize("draws", [2, 7, 50])
+    @pytest.mark.parametrize("name", decoding_engines())
+    def test_an_engine_draws_no_more_than_it_may(self, name, draws, rng):
+        """Counted where they are drawn, and not where they are returned: redrawn ends and a warm-up cost as well."""
+        world = small_language()
+        engine, drawn = within(decoding_engines()[name], draws), []
+
+        class Counting(type(world.prior)):
+            def draw(self, prompts, n, rng):
+                drawn.append(n * len(prompts))
+                return super().draw(prompts, n, rng)
+
+            def redraw(self, draws, keep, rng):
+                drawn.append(len(draws))
+                return super().redraw(draws, keep, rng)
+
+            def walk(self, prompts, n):
+                drawn.append(n * len(prompts))
+                return super().walk(prompts, n)
+
+        prior = Counting(**vars(world.prior))
+        if name == "value-guided":
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine.sample(replace(world.target, prior=prior), world.prompts, rng=rng)
+        assert sum(drawn) <= draws
+        assert sum(drawn) == cost(engine)
+        assert sum(drawn) > 0.7 * draws
+
+    def test_prompts_without_a_sample_are_told(self):
+        world = fixture_b(beta=0.05)
+        found = compare(
+            world.target,
+            world.prompts.select([0] * 30),
+            {"rejection": Contender(tl.Rejection())},
+            samples=90,
+            lora=None,
+        )
+        (result,) = found.results
+        assert 0 < result.served < 1
+        assert f"({result.served:.0%} of the prompts)" in str(found)
+
+
 class TestNames:
     def test_contenders(self):
         found = contenders_of("prior, rloo,var-grad+replay,rloo/importance,sft,best-of-n", 4)
         assert found["prior"].engine is None
         assert found["rloo"].engine.group == 4
         assert found["var-grad+replay"].source.old == 4
-        assert with_budget(tl.Importance(), 4) == found["rloo/importance"].then
+        assert within(tl.Importance(), 4) == found["rloo/importance"].then
         assert found["sft"].source.engine == tl.BestOfN(n=4)
         assert isinstance(found["best-of-n"].engine, tl.BestOfN)
 

@@ -245,7 +245,7 @@ class TrainingEngine(Protocol[State]):
 
 
 class DecodingEngine(Protocol):
-    """A way to posterior samples without training.
+    """A way to posterior samples without training. What it costs is its field `n`, or what it says; see `decoding.budget`.
 
     An engine whose output is a choice among independent draws also has
     `selection(target, scored) -> Float[Tensor, " B"]`, the probability that each of the given draws is the one returned;

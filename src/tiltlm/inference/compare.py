@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Generator
 
 from tiltlm.diagnostics.certificate import Z95, Certificate, certify
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
 from tiltlm.errors import InputError
+from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.inference.fit import Training, fit
 from tiltlm.inference.monitor import Monitor
@@ -28,8 +28,6 @@ from tiltlm.weights import group_sum, normalise
 
 LISTED = 5000
 """Most completions of a prompt for which the truth is computed by listing them, instead of being estimated."""
-BUDGETS = ("n", "particles", "steps")
-"""What decoding engines call the completions that they may draw for a prompt."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Result:
         from_posterior: KL(p* || q), nats; large where modes are missed.
         samples: completions drawn on the way.
         steps: of training.
+        served: share of the prompts that got any sample; the other numbers are about these.
     """
 
     name: str
@@ -71,13 +70,15 @@ class Result:
     samples: int
     steps: int
     seconds: float
+    served: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         parts = ("reward", "kl_prior", "to_posterior", "from_posterior", "diversity")
         values = {name: getattr(self, name) for name in parts}
         plain = {name: None if value is None else value.as_dict() for name, value in values.items()}
-        return {"name": self.name, **plain, "samples": self.samples, "steps": self.steps, "seconds": self.seconds}
+        counts = {name: getattr(self, name) for name in ("samples", "steps", "seconds", "served")}
+        return {"name": self.name, **plain, **counts}
 
 
 @dataclass(frozen=True)
@@ -181,19 +182,8 @@ def draws_a_step(engine: Any, source: Source) -> int:
     if isinstance(source, OnPolicy | FromPrior | Replay):
         return engine.group
     if isinstance(source, Decoded):
-        return budget_of(source.engine)
+        return cost(source.engine)
     raise InputError(f"source {type(source).__name__} draws nothing, so it cannot be compared by samples; give seconds")
-
-
-def budget_of(engine: DecodingEngine) -> int:
-    """Completions of a prompt that a decoding engine may draw."""
-    return int(next((getattr(engine, name) for name in BUDGETS if hasattr(engine, name)), 1))
-
-
-def with_budget(engine: Any, draws: int) -> Any:
-    """A decoding engine that may draw `draws` completions of a prompt."""
-    name = next((name for name in BUDGETS if hasattr(engine, name)), None)
-    return engine if name is None else replace(engine, **{name: max(1, draws)})
 
 
 def _run(name: str, contender: Contender, judge: _Judge, spending: _Spending, monitor: Monitor) -> Result:
@@ -205,9 +195,8 @@ def _run(name: str, contender: Contender, judge: _Judge, spending: _Spending, mo
         return judge.of_decoder(name, _paid(contender.engine, spending, len(prompts)), None)
     source = contender.source or default_source(contender.engine.claim)
     settings = spending.training(name, contender.engine, source, len(prompts))
-    counted = _Counted(source)
     policy = fit(
-        target, prompts, contender.engine, source=counted, lora=spending.lora, settings=settings, monitor=monitor
+        target, prompts, contender.engine, source=source, lora=spending.lora, settings=settings, monitor=monitor
     )
     seconds = time.perf_counter() - began
     if contender.then is None:
@@ -215,39 +204,12 @@ def _run(name: str, contender: Contender, judge: _Judge, spending: _Spending, mo
     else:
         result = judge.of_decoder(name, contender.then, policy)
     policy.discard()
-    steps = counted.batches[0]
-    return replace(result, samples=result.samples + counted.drawn[0], seconds=result.seconds + seconds, steps=steps)
+    samples, seconds = result.samples + monitor.drawn, result.seconds + seconds
+    return replace(result, samples=samples, seconds=seconds, steps=monitor.steps)
 
 
 def _paid(engine: Any, spending: _Spending, prompts: int) -> Any:
-    return engine if spending.samples is None else with_budget(engine, min(spending.samples // prompts, 4096))
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """A source that counts what it draws."""
-
-    source: Source
-    drawn: list[int] = field(default_factory=lambda: [0])
-    batches: list[int] = field(default_factory=lambda: [0])
-
-    @property
-    def origin(self) -> Any:
-        return self.source.origin
-
-    def open(self, target: Target, policy: Any, prompts: Prompts, seed: int) -> Any:
-        stream, inner = self.source.open(target, policy, prompts, seed), self
-
-        class Counting:
-            memory, remember = stream.memory, stream.remember
-
-            def batch(self, index: Sequence[int], group: int, rng: Generator) -> Any:
-                found = stream.batch(index, group, rng)
-                inner.drawn[0] += found.drawn
-                inner.batches[0] += 1
-                return found
-
-        return Counting()
+    return engine if spending.samples is None else within(engine, min(spending.samples // prompts, 4096))
 
 
 @dataclass
@@ -328,6 +290,7 @@ class _Judge:
         value = self.target.beta * weighted.scored.log_evidence.double()
         reward = group_sum(share * value, index, count)
         served = group_sum(share, index, count) > 0
+        spent = count * engine.cost if hasattr(engine, "cost") else len(weighted.scored) + weighted.scored.dropped
         squares = group_sum((share * (value - reward[index])) ** 2, index, count)[served]
         many = max(1, int(served.sum()))
         kept = weighted.kept().scored.draws
@@ -338,9 +301,10 @@ class _Judge:
             to_posterior=self._decoded_bound(engine, weighted),
             from_posterior=None,
             diversity=diversity(kept) if len(kept) else None,
-            samples=len(weighted.scored) + weighted.scored.dropped,
+            samples=spent,
             steps=0,
             seconds=seconds,
+            served=float(served.double().mean()),
         )
 
     def _decoded_bound(self, engine: Any, weighted: Weighted) -> Interval | None:
@@ -395,4 +359,5 @@ def _row(result: Result) -> tuple[str, ...]:
         interval(result.to_posterior),
         interval(result.from_posterior),
     )
-    return (result.name, *cells, unique, f"{result.samples:,}", f"{result.seconds:.1f}")
+    name = result.name if result.served == 1 else f"{result.name} ({result.served:.0%} of the prompts)"
+    return (name, *cells, unique, f"{result.samples:,}", f"{result.seconds:.1f}")

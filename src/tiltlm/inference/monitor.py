@@ -26,6 +26,9 @@ class Monitor:
         console: where the bar is drawn; stderr by default.
         what: name of the bar.
         quiet: draw none.
+
+    Attributes:
+        steps, drawn: how many steps were logged here, and completions drawn in them.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Monitor:
         self._path = out / "metrics.jsonl" if out else None
         self._trackers = tuple(trackers)
         self._config = dict(config or {})
+        self.steps = self.drawn = 0
         self._accelerator: Any = None
         self._progress = Progress(
             TextColumn(what),
@@ -79,6 +83,8 @@ class Monitor:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """One step's metrics."""
+        self.steps += 1
+        self.drawn += metrics["drawn"]
         parts = [
             ("E r {:.3f}", metrics["reward"]),
             ("KL {:.2f}", metrics["kl_prior"]),

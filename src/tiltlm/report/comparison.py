@@ -98,5 +98,6 @@ def _rows(comparison: Json) -> list[tuple[str, ...]]:
         unique = r["diversity"]["unique"] if r["diversity"] else math.nan
         cells = (show(r["reward"]["value"]), show(kl), _interval(r["to_posterior"]), _interval(r["from_posterior"]))
         share = "–" if math.isnan(unique) else f"{unique:.0%}"
-        rows.append((r["name"], *cells, share, f"{r['samples']:,}", f"{r['seconds']:.1f}"))
+        name = r["name"] if r["served"] == 1 else f"{r['name']} ({r['served']:.0%} of the prompts)"
+        rows.append((name, *cells, share, f"{r['samples']:,}", f"{r['seconds']:.1f}"))
     return rows

@@ -9,7 +9,8 @@ from typing import Any
 
 from tiltlm.errors import InputError
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
-from tiltlm.inference.compare import Comparison, Contender, compare, with_budget
+from tiltlm.inference.compare import Comparison, Contender, compare
+from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Replay
 from tiltlm.report.comparison import write_comparison
@@ -42,7 +43,7 @@ def _contender(name: str, group: int) -> Contender:
     base, plus, habit = trained.partition("+")
     if plus and habit != "replay":
         raise InputError(f"engine is {name!r}; after the plus only 'replay' is known")
-    then = with_budget(make_engine(decoding_engines(), decoder, {}), group) if decodes else None
+    then = within(make_engine(decoding_engines(), decoder, {}), group) if decodes else None
     trainers, decoders = training_engines(), decoding_engines()
     if base in decoders and not decodes and not plus:
         return Contender(decoders[base])
@@ -51,7 +52,7 @@ def _contender(name: str, group: int) -> Contender:
         engine = replace(engine, group=group)
     source: Any = Replay(old=group) if plus else None
     if source is None and engine.claim.data == "given":
-        source = Decoded(with_budget(decoders[TEACHER], group))
+        source = Decoded(within(decoders[TEACHER], group))
     return Contender(engine, source, then=then)
 
 

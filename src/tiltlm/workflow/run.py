@@ -24,7 +24,7 @@ from tiltlm.errors import InputError
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
-from tiltlm.inference.compare import with_budget
+from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
@@ -337,7 +337,7 @@ class Run:
             InputError: for an engine that is not there, or one that cannot serve this target.
         """
         self.check()
-        decoder = with_budget(make_engine(decoding_engines(), engine, dict(options or {})), draws)
+        decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
         if twist is not None:
             decoder = self._twisted(decoder, twist)
         sampler = None if proposal is None else self._sampler(proposal)

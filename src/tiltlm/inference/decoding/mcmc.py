@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +51,17 @@ class MCMC:
         for name, least in (("chains", 1), ("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+    @property
+    def cost(self) -> int:
+        """Completions of a prompt, whole ones at the start and redrawn ones after; those of the warm-up too."""
+        return self.chains * (1 + self.warmup + self.steps)
+
+    def within(self, draws: int) -> MCMC:
+        """Chains as long as `draws` completions of a prompt pay for, a third of each to warm up; fewer chains if they are few."""
+        chains = max(1, min(self.chains, draws // 2))
+        moves = max(1, draws // chains - 1)
+        return replace(self, chains=chains, steps=moves - moves // 3, warmup=moves // 3)
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """`chains` times `steps` completions of every prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,15 @@ class SMC:
             )
         if not 0 <= self.threshold <= 1:
             raise InputError(f"threshold is {self.threshold}; it is a share of the particles, between 0 and 1")
+
+    @property
+    def cost(self) -> int:
+        """Completions of a prompt."""
+        return self.particles * self.repeats
+
+    def within(self, draws: int) -> SMC:
+        """As many particles as `draws` completions of a prompt pay for."""
+        return replace(self, particles=max(1, draws // self.repeats))
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Weighted completions of every prompt, `particles` times `repeats` of them, with the estimate of log Z.
