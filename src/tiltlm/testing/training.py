@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltlm.posterior import exact as ex
+from tiltlm.posterior.values import Tree, soft_backup
 from tiltlm.protocols import Claim
 from tiltlm.records import POLICY_FIELDS, Forward
 from tiltlm.testing.check import TOLERANCE, Check
@@ -264,12 +265,9 @@ def _tables(engine: Any, policy: Any, exact: ex.Exact, behaviour: Tensor, offset
 
 def _values(exact: ex.Exact) -> Tensor:
     """V*(s_t) in nats for every completion and position."""
-    soft = exact.soft_values()
-    table = torch.zeros(exact.scored.draws.mask.shape, dtype=torch.float64)
-    for row, completion in enumerate(exact.completions):
-        for t in range(len(completion)):
-            table[row, t] = soft[completion[:t]] / exact.beta
-    return table
+    tree = Tree(exact)
+    values = soft_backup(tree.by_state(tree.log_prior), tree.by_state(tree.fixed_point(soft_backup)))
+    return tree.completions(values[tree.state_of])
 
 
 def _state_at_truth(engine: Any, world: Language, exact: ex.Exact, scored: Any, offset: float) -> Any:

@@ -18,6 +18,7 @@ from tiltlm.inference.training.importance import clipped
 from tiltlm.inference.training.kl_terms import KLTerm, rao_blackwell, sampled
 from tiltlm.inference.training.reinforce import needs_of
 from tiltlm.posterior.exact import Exact, kl
+from tiltlm.posterior.values import Tree
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 
@@ -264,28 +265,14 @@ def _soft_law(exact: Exact, gamma: float, c: float) -> tuple[Float[Tensor, " K"]
     At the end stands r / beta, undiscounted. With gamma = 1 it is pi0 exp(r / (c beta)). It is where every temporal difference
     vanishes.
     """
-    ids = exact.completions
-    prior: dict[tuple[int, ...], float] = {}
-    leaf = dict(zip(ids, exact.scored.log_evidence.double().tolist(), strict=True))
-    for row, completion in enumerate(ids):
-        for t in range(len(completion)):
-            prior[completion[: t + 1]] = float(exact.scored.log_prior[row, t])
-    worth: dict[tuple[int, ...], float] = {}  # what a continuation adds to log pi0, in units of c
-    values: dict[tuple[int, ...], float] = {}
-    children: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for node in prior:
-        children.setdefault(node[:-1], []).append(node)
-    for parent in sorted(children, key=len, reverse=True):
-        for node in children[parent]:
-            worth[node] = (leaf[node] if node in leaf else gamma * values[node]) / c
-        terms = torch.tensor([prior[node] + worth[node] for node in children[parent]], dtype=torch.float64)
-        values[parent] = c * float(terms.logsumexp(0))
-    log_law, table = [], torch.zeros(exact.scored.draws.mask.shape, dtype=torch.float64)
-    for row, completion in enumerate(ids):
-        path = [completion[: t + 1] for t in range(len(completion))]
-        log_law.append(sum(prior[node] + worth[node] - values[node[:-1]] / c for node in path))
-        table[row, : len(path)] = torch.tensor([values[node[:-1]] for node in path], dtype=torch.float64)
-    return torch.tensor(log_law, dtype=torch.float64), table
+    tree = Tree(exact)
+
+    def soft(log_prior: Float[Tensor, "S A"], q: Float[Tensor, "S A"]) -> Float[Tensor, " S"]:
+        return c * (log_prior + q / c).logsumexp(-1)
+
+    q = tree.fixed_point(lambda log_prior, q: gamma * soft(log_prior, q))
+    values = soft(tree.by_state(tree.log_prior), tree.by_state(q))
+    return tree.log_law(q / c), tree.completions(values[tree.state_of])
 
 
 PRESETS: Mapping[str, Any] = {
