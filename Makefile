@@ -23,11 +23,14 @@ demo: $(INSTALLED)
 	$(BIN)/tiltlm certify $(FILM)
 	$(BIN)/tiltlm report $(RUN)
 
+# A process a core: torch's own threads would only wait for each other on models this small.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m ""
+	$(TEST) -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 CORPUS = ["the film was good and the film was bad", "a quiet story of two friends who meet again", "<user><assistant>"]
+
+
+def engine_id(engine) -> str:
+    """An engine's repr without addresses: the same in every process, as pytest-xdist wants the names of tests."""
+    return re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", str(engine))
 
 
 def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import tiltlm as tl
-from conftest import make_model, make_tokenizer
+from conftest import engine_id, make_model, make_tokenizer
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Given, Replay, require_sound
 from tiltlm.inference.training import f_divergence as fd
@@ -57,7 +57,7 @@ PATHS = [PathConsistency(length=2), SubTrajectoryBalance(lambda_=0.7)]
 
 def name(engine):
     if not isinstance(engine, FDivergence):
-        return str(engine)
+        return engine_id(engine)
     return f"{engine.divergence.__name__}-{engine.z.__name__}-{engine.baseline.__name__}-{engine.truncate:g}"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import tiltlm as tl
+from conftest import engine_id
 from tiltlm.inference.source import Decoded, Given, Replay
 from tiltlm.inference.training.bond import BOND
 from tiltlm.inference.training.em import EM
@@ -58,7 +59,7 @@ def with_ties(exact):
         BOND(backward=0.0),
         *(pytest.param(e, marks=pytest.mark.slow) for e in (EM(), PRESETS["soft-raft"], BOND(), BOND(backward=1.0))),
     ],
-    ids=str,
+    ids=engine_id,
 )
 def test_claim_is_proved(engine):
     for check in check_engine(engine):

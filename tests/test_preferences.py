@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import tiltlm as tl
-from conftest import make_model, make_tokenizer
+from conftest import engine_id, make_model, make_tokenizer
 from tiltlm.errors import TiltWarning
 from tiltlm.evidence import RewardLaw, WinRate
 from tiltlm.evidence.preferences import Preferences
@@ -45,7 +45,7 @@ def kl_to_posterior(policy, exact):
 # --- the claims ---
 
 
-@pytest.mark.parametrize("engine", [DPO(), DPO(label=winner), IPO(), IPO(label=winner)], ids=str)
+@pytest.mark.parametrize("engine", [DPO(), DPO(label=winner), IPO(), IPO(label=winner)], ids=engine_id)
 def test_claim_is_proved(engine):
     for check in check_engine(engine):
         print(check)
@@ -84,7 +84,7 @@ def test_the_population_minimum_is_the_posterior_and_its_value_the_entropy_of_th
         assert float((slope[:, 0] * noise).sum()) > 0
 
 
-@pytest.mark.parametrize("engine", [DPO(), IPO()], ids=str)
+@pytest.mark.parametrize("engine", [DPO(), IPO()], ids=engine_id)
 def test_drawn_labels_have_the_soft_label_for_their_mean(engine, b):
     """Pairs that Bradley and Terry's model labels give, on average, the gradient of the pairs labelled by the reward."""
     _, exact = b
