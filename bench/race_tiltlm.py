@@ -22,7 +22,7 @@ from tiltlm.posterior import exact as ex
 def target_of(model: Path, reward: str) -> tuple[Any, Any, tuple[ex.Exact, ...]]:
     """The target, its prompts, and the truth about each."""
     prior = tl.load(model, dtype="float32").prior(max_new_tokens=LONGEST)
-    target = prior * tl.Reward(reward_function(reward), beta=BETA)
+    target = prior * tl.Reward(reward_function(reward), beta=BETA[reward])
     prompts = prior.encode(list(PROMPTS))
     return target, prompts, tuple(ex.posterior(target, prompts, p) for p in range(len(prompts)))
 
