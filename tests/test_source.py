@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiltlm as tl
+from tiltlm.inference.memory import Memory
 from tiltlm.inference.source import (
     ACCEPTED,
     Decoded,
@@ -21,6 +22,7 @@ from tiltlm.inference.source import (
 )
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
+from tiltlm.store import tensors_of
 from tiltlm.testing import fixture_b, small_language
 from tiltlm.weights import group_mean
 
@@ -123,15 +125,50 @@ class TestSources:
         second = stream.batch([0], 2, rng)
         assert len(second.fresh) == 2
         assert second.drawn == 2
-        assert second.scored.draws.log_prob[2:].equal(first.scored.draws.log_prob)
+        assert set(second.scored.draws.log_prob[2:].tolist()) == set(first.scored.draws.log_prob.tolist())
         for _ in range(4):
             batch = stream.batch([0], 2, rng)
         assert len(batch.scored) == 5
         assert len(stream.memory()) == 4
 
+    def test_every_update_gets_other_old_draws_beside_the_same_fresh_ones(self, rng):
+        target, prompts = three_prompts()
+        stream = Replay(old=2, capacity=64).open(target, target.prior.policy(lora=None), prompts, 0)
+        for _ in range(6):
+            batch = stream.batch([2, 0], 3, rng)
+        later = [stream.again(batch, [2, 0], rng) for _ in range(8)]
+        assert all(scored.draws.prompts is batch.scored.draws.prompts for scored in later)
+        assert all(scored.log_evidence[:6].equal(batch.fresh.log_evidence) for scored in later)
+        assert len({tuple(scored.draws.log_prob[6:].tolist()) for scored in later}) > 1
+        assert later[0].draws.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+
+    def test_memory_keeps_the_newest_of_each_prompt_whole(self, rng):
+        target, prompts = three_prompts()
+        draws = target.score(target.prior.draw(prompts, 7, rng))
+        memory = Memory(prompts, capacity=3)
+        assert memory.sample([0], 2, rng) is None
+        for step in range(7):  # prompt 1 sits out the last two steps
+            rows = [7 * p + step for p in range(3) if p != 1 or step < 5]
+            memory.add(draws.select(torch.tensor(rows)))
+        held = memory.everything()
+        assert len(memory) == len(held) == 9
+        newest = torch.tensor([*range(4, 7), *range(9, 12), *range(18, 21)])
+        for name, expected in tensors_of(draws.select(newest))[0].items():
+            assert held_tensor(held, name, expected).equal(expected)
+        assert held.draws.texts == draws.select(newest).draws.texts
+        some = memory.sample([1], 2, rng)
+        assert some.draws.prompts.texts == prompts.select([1]).texts
+        assert set(some.draws.log_prob.tolist()) <= set(draws.draws.log_prob[9:12].tolist())
+
     def test_replay_settings(self):
         with pytest.raises(tl.InputError, match="capacity at least old"):
             Replay(old=8, capacity=4)
+
+
+def held_tensor(scored, name, like):
+    """A record's tensor by its stored name, as wide as another."""
+    tensor = tensors_of(scored)[0][name]
+    return torch.nn.functional.pad(tensor, (0, like.shape[1] - tensor.shape[1])) if like.dim() == 2 else tensor
 
 
 class TestSoundness:

@@ -209,7 +209,8 @@ class _Loop:
     def _step(self, step: int) -> Metrics:
         began = time.perf_counter()
         index = batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed)
-        batch = self.stream.batch(index, self.engine.group, generator(self.settings.seed, "draw", step))
+        rng = generator(self.settings.seed, "draw", step)
+        batch = self.stream.batch(index, self.engine.group, rng)
         scored, fresh = batch.scored, batch.fresh or batch.scored
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
@@ -222,7 +223,7 @@ class _Loop:
             loss, info = accumulate(
                 self.policy,
                 self.engine,
-                scored,
+                scored if update == 0 else self.stream.again(batch, index, rng),
                 self.state,
                 self.settings.micro_tokens,
                 self.optimiser,

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError
+from tiltlm.inference.memory import Memory
 from tiltlm.protocols import Claim, DecodingEngine, Policy
 from tiltlm.records import Draws, Prompts, Scored
 from tiltlm.target import Target
@@ -58,6 +59,10 @@ class Stream(Protocol):
         """Scored completions of the prompts at `index`, about `group` of each."""
         ...
 
+    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+        """What a further update of the same step learns from: the same fresh completions, perhaps beside others."""
+        ...
+
     def memory(self) -> Scored | None:
         """What a checkpoint must keep: draws for the whole data set, or None."""
         ...
@@ -77,6 +82,9 @@ class Source(Protocol):
 
 
 class _Memoryless:
+    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+        return batch.scored
+
     def memory(self) -> None:
         return None
 
@@ -151,7 +159,7 @@ class Replay:
     """Fresh draws of the policy, together with draws of its earlier selves.
 
     Old draws carry the log-probability of the law that drew them, so that an engine which is sound off-policy corrects for
-    their age.
+    their age. Each update of a step gets other old draws.
 
     Attributes:
         old: earlier draws of each prompt in a step, beside the engine's `group` of fresh ones.
@@ -179,27 +187,36 @@ class _Replaying:
     def __init__(self, choice: Replay, target: Target, policy: Policy, prompts: Prompts) -> None:
         self.choice, self.prompts = choice, prompts
         self.drawing = _Drawing(target, policy, prompts)
-        self.kept: Scored | None = None
+        self.held = Memory(prompts, choice.capacity)
+        self.newest: Scored | None = None  # of the last step; they come to the memory after its updates
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+        self._put_away()
         fresh = self.drawing.batch(index, group, rng).scored
-        scored = fresh
-        if self.kept is not None:
-            old = at_most(self.kept.of(index), self.choice.old, rng)
-            # the step's prompts under both, so that rows of one prompt meet
-            scored = Scored.concatenate([fresh, replace(old, draws=replace(old.draws, prompts=fresh.draws.prompts))])
-        # an empty sampler: by the next step the policy that drew them is no more
-        stored = fresh.among(self.prompts, index)
-        stored = replace(stored, draws=replace(stored.draws, sampler=""))
-        together = stored if self.kept is None else Scored.concatenate([self.kept, stored])
-        self.kept = _newest(together, self.choice.capacity)
-        return Batch(scored, fresh, len(fresh))
+        self.newest = fresh.among(self.prompts, index)
+        return Batch(self._beside(fresh, index, rng), fresh, len(fresh))
+
+    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+        return self._beside(batch.fresh or batch.scored, index, rng)
 
     def memory(self) -> Scored | None:
-        return self.kept
+        self._put_away()
+        return self.held.everything()
 
     def remember(self, memory: Scored) -> None:
-        self.kept = replace(memory, draws=replace(memory.draws, prompts=self.prompts))
+        self.held.add(memory)
+
+    def _beside(self, fresh: Scored, index: Sequence[int], rng: Generator) -> Scored:
+        old = self.held.sample(index, self.choice.old, rng)
+        if old is None:
+            return fresh
+        # the step's prompts under both, so that rows of one prompt meet
+        return Scored.concatenate([fresh, replace(old, draws=replace(old.draws, prompts=fresh.draws.prompts))])
+
+    def _put_away(self) -> None:
+        if self.newest is not None:
+            self.held.add(self.newest)
+            self.newest = None
 
 
 @dataclass(frozen=True)
@@ -305,10 +322,6 @@ def at_most(scored: Scored, count: int, rng: Generator) -> Scored:
     """`count` rows of every prompt, chosen at random; all of a prompt that has no more."""
     order = torch.rand(len(scored), generator=rng).argsort()
     return scored.select(_first(scored.draws.prompt_index, order, count))
-
-
-def _newest(scored: Scored, count: int) -> Scored:
-    return scored.select(_first(scored.draws.prompt_index, torch.arange(len(scored)).flip(0), count))
 
 
 def _first(prompt_index: Tensor, order: Tensor, count: int) -> Tensor:
