@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from rloo_step import hardware, trl_environment
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "race.json"
 TUNING_SEED = 1000
+UNTUNED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,17 @@ class Runner:
     group: int = 8
     theirs: bool = False
     seeded: bool = True
+    tuned: bool = True
 
 
 RUNNERS = {
     "TRL RLOO": Runner("rloo", theirs=True),
     "TRL GRPO": Runner("grpo", theirs=True),
-    "exact gradient (no sampling)": Runner("exact-gradient", seeded=False),
+    "exact gradient (no sampling)": Runner("exact-gradient", seeded=False, tuned=False),
     "RLOO": Runner("rloo"),
     "VarGrad": Runner("var-grad"),
     "VarGrad, replay": Runner("var-grad", replay=28, group=4),
+    "VarGrad, replay, 2 updates": Runner("var-grad", {"updates": 2}, replay=28, group=4),
     "TrajectoryBalance, replay": Runner("trajectory-balance", replay=28, group=4),
     "PPO": Runner("ppo"),
     "GRPO": Runner("grpo"),
@@ -57,6 +61,9 @@ RUNNERS = {
     "online DPO": Runner("dpo"),
     "EM": Runner("em"),
     "SFT on the best of 8": Runner("sft"),
+    "soft Q-learning, heads only": Runner("soft-q-learning"),
+    "soft value regression, heads only": Runner("soft-value-regression"),
+    "contrastive twist, heads only": Runner("contrastive-twist"),
 }
 
 
@@ -69,21 +76,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--trl-python", type=Path)
-    parser.add_argument("--prior", type=Path, help="folder for the prior, kept; a temporary one by default")
+    parser.add_argument("--work", type=Path, help="folder that keeps the prior and every finished run, to go on from")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        prior = options.prior or Path(scratch) / "prior"
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"from race_task import build; from pathlib import Path; build(Path({str(prior)!r}))",
-            ],
-            check=True,
-            cwd=HERE,
-        )
-        race = _Race(prior, Path(scratch), options)
+        work = (options.work or Path(scratch)).resolve()
+        build = f"from race_task import build; from pathlib import Path; build(Path({str(work / 'prior')!r}))"
+        subprocess.run([sys.executable, "-c", build], check=True, cwd=HERE)
+        race = _Race(work, options)
         found = json.loads(options.out.read_text())["targets"] if options.out.is_file() else {}
         for target in options.targets:
             found[target] = found.get(target, {}) | race.run(target)
@@ -92,22 +92,26 @@ def main() -> None:
 
 
 class _Race:
-    def __init__(self, prior: Path, scratch: Path, options: argparse.Namespace) -> None:
-        self.prior, self.scratch, self.options = prior, scratch, options
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        self.work, self.prior, self.options = work, work / "prior", options
         self.trl = options.trl_python or (
             trl_environment() if any(RUNNERS[name].theirs for name in options.runners) else None
         )
 
     def run(self, target: str) -> dict[str, Any]:
         with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            rates = {name: self.options.rates if RUNNERS[name].tuned else [UNTUNED] for name in self.options.runners}
             tuned = {
                 (name, rate): pool.submit(self.one, target, name, rate, TUNING_SEED)
                 for name in self.options.runners
-                for rate in self.options.rates
+                for rate in rates[name]
+                if len(rates[name]) > 1
             }
             best = {
-                name: min(self.options.rates, key=lambda r, n=name: tuned[n, r].result()["to_posterior"])
-                for name in self.options.runners
+                name: min(some, key=lambda r, n=name: tuned[n, r].result()["to_posterior"])
+                if len(some) > 1
+                else some[0]
+                for name, some in rates.items()
             }
             seeds = {name: self.options.seeds if RUNNERS[name].seeded else 1 for name in self.options.runners}
             counted = {
@@ -117,39 +121,52 @@ class _Race:
             return {
                 name: {
                     "rate": best[name],
-                    "tuning": {str(rate): tuned[name, rate].result()["to_posterior"] for rate in self.options.rates},
+                    "tuning": {
+                        str(rate): tuned[name, rate].result()["to_posterior"]
+                        for rate in rates[name]
+                        if (name, rate) in tuned
+                    },
                     "runs": [future.result() for future in futures],
                 }
                 for name, futures in counted.items()
             }
 
     def one(self, target: str, name: str, rate: float, seed: int) -> dict[str, Any]:
-        runner = RUNNERS[name]
-        common = ["--target", target, "--samples", str(self.options.samples)]
-        own = ["--engine", runner.engine, "--lr", str(rate), "--seed", str(seed), *common]
-        if runner.theirs:
-            out = self.scratch / f"{target}-{runner.engine}-{rate}-{seed}"
-            facts = self._call(self.trl, "race_trl.py", [str(self.prior), str(out), *own])
-            return facts | self._call(
-                sys.executable, "race_tiltlm.py", [str(self.prior), "--engine", "judge", "--judge", str(out), *common]
-            )
-        extra = ["--options", json.dumps(dict(runner.options)), "--replay", str(runner.replay), "--decode", "64"]
-        extra += ["--group", str(runner.group)]
-        found = self._call(sys.executable, "race_tiltlm.py", [str(self.prior), *own, *extra])
+        slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+        kept = self.work / "runs" / f"{target}-{slug}-{rate:g}-{seed}-{self.options.samples}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text())
+        found = self._run(RUNNERS[name], target, rate, seed)
         print(f"{target}, {name}, lr {rate:g}, seed {seed}: {found['to_posterior']:.3f}", file=sys.stderr)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
         return found
 
-    def _call(self, python: Any, script: str, flags: Sequence[str]) -> dict[str, Any]:
-        done = subprocess.run(
-            [python, HERE / script, *flags],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{script} {' '.join(flags)} failed:\n{done.stderr[-4000:]}")
-        return json.loads(done.stdout.strip().splitlines()[-1])
+    def _run(self, runner: Runner, target: str, rate: float, seed: int) -> dict[str, Any]:
+        common = ["--target", target, "--samples", str(self.options.samples)]
+        own = ["--engine", runner.engine, "--lr", str(rate), "--seed", str(seed), *common]
+        ours = [sys.executable, "race_tiltlm.py", str(self.prior)]
+        if runner.theirs:
+            with tempfile.TemporaryDirectory() as out:
+                theirs = _call([self.trl, "race_trl.py", str(self.prior), out, *own])
+                return _call([*ours, "--engine", "judge", "--judge", out, *common]) | theirs
+        extra = ["--options", json.dumps(dict(runner.options)), "--replay", str(runner.replay)]
+        extra += ["--group", str(runner.group), "--engine-lr", str(10 * rate)]
+        return _call([*ours, *own, *extra, *([] if seed == TUNING_SEED else ["--decode", "64"])])
+
+
+def _call(command: Sequence[Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        command,
+        cwd=HERE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _write(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
