@@ -12,8 +12,8 @@ from tiltlm.inference.catalogue import decoding_engines, make_engine, name_of, s
 from tiltlm.inference.compare import Contender, compare
 from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.source import Decoded, Pool, Replay
-from tiltlm.inference.training.rloo import RLOO
-from tiltlm.inference.training.var_grad import VarGrad
+from tiltlm.inference.training.paths.var_grad import VarGrad
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.posterior import exact as ex
 from tiltlm.report.comparison import distance_figure, write_comparison
 from tiltlm.testing import fixture_b, small_language

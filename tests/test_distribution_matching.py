@@ -13,14 +13,14 @@ import tiltlm as tl
 from conftest import engine_id, make_model, make_tokenizer
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Given, Replay, require_sound
-from tiltlm.inference.training import f_divergence as fd
-from tiltlm.inference.training.f_divergence import FDivergence
 from tiltlm.inference.training.log_z import LearnedLogZ, RunningLogZ, data_rows
-from tiltlm.inference.training.path_consistency import PathConsistency, potential
-from tiltlm.inference.training.rloo import RLOO
-from tiltlm.inference.training.sub_trajectory_balance import SubTrajectoryBalance
-from tiltlm.inference.training.trajectory_balance import TrajectoryBalance
-from tiltlm.inference.training.var_grad import VarGrad
+from tiltlm.inference.training.matching import f_divergence as fd
+from tiltlm.inference.training.matching.f_divergence import FDivergence
+from tiltlm.inference.training.paths.path_consistency import PathConsistency, potential
+from tiltlm.inference.training.paths.sub_trajectory_balance import SubTrajectoryBalance
+from tiltlm.inference.training.paths.trajectory_balance import TrajectoryBalance
+from tiltlm.inference.training.paths.var_grad import VarGrad
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim

@@ -22,11 +22,11 @@ from tiltlm.explanation.readers import ours, policy_gradients
 from tiltlm.explanation.tree import tree
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.source import Decoded, Given, Replay, require_sound
-from tiltlm.inference.training import advantages, aggregate, baselines, credit, kl_terms, ppo
-from tiltlm.inference.training.grpo import GRPO
-from tiltlm.inference.training.ppo import PPO
-from tiltlm.inference.training.reinforce import Reinforce
-from tiltlm.inference.training.rloo import RLOO
+from tiltlm.inference.training.policy_gradients import advantages, aggregate, baselines, credit, kl_terms, ppo
+from tiltlm.inference.training.policy_gradients.grpo import GRPO
+from tiltlm.inference.training.policy_gradients.ppo import PPO
+from tiltlm.inference.training.policy_gradients.reinforce import Reinforce
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import small_language
 from tiltlm.workflow.recipe import Recipe

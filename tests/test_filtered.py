@@ -11,10 +11,10 @@ from torch.testing import assert_close
 import tiltlm as tl
 from conftest import engine_id
 from tiltlm.inference.source import Decoded, Given, Replay
-from tiltlm.inference.training.bond import BOND
-from tiltlm.inference.training.em import EM
-from tiltlm.inference.training.raft import PRESETS, RAFT, Best, IteratedRAFT, above, best, tilted
-from tiltlm.inference.training.sft import SFT
+from tiltlm.inference.training.filtered.bond import BOND
+from tiltlm.inference.training.filtered.em import EM
+from tiltlm.inference.training.filtered.raft import PRESETS, RAFT, Best, IteratedRAFT, above, best, tilted
+from tiltlm.inference.training.filtered.sft import SFT
 from tiltlm.lm.given import demonstrations
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim

@@ -7,18 +7,19 @@ import pytest
 import torch
 
 import tiltlm as tl
-from tiltlm.inference.training import advantages, aggregate, grpo, kl_terms, ppo, settling
-from tiltlm.inference.training.baselines import (
+from tiltlm.inference.training import settling
+from tiltlm.inference.training.policy_gradients import advantages, aggregate, grpo, kl_terms, ppo
+from tiltlm.inference.training.policy_gradients.baselines import (
     RunningMean,
     no_baseline,
     of_earlier_draws,
     of_the_group,
     of_the_others,
 )
-from tiltlm.inference.training.credit import to_go, whole
-from tiltlm.inference.training.grpo import GRPO
-from tiltlm.inference.training.importance import clipped, sequence_ratio, token_ratio
-from tiltlm.inference.training.kl_terms import (
+from tiltlm.inference.training.policy_gradients.credit import to_go, whole
+from tiltlm.inference.training.policy_gradients.grpo import GRPO
+from tiltlm.inference.training.policy_gradients.importance import clipped, sequence_ratio, token_ratio
+from tiltlm.inference.training.policy_gradients.kl_terms import (
     by_sequence,
     by_token,
     exact,
@@ -34,9 +35,9 @@ from tiltlm.inference.training.kl_terms import (
     sampled,
     token_kl,
 )
-from tiltlm.inference.training.ppo import PPO, proportional, whitened
-from tiltlm.inference.training.reinforce import Reinforce
-from tiltlm.inference.training.rloo import RLOO
+from tiltlm.inference.training.policy_gradients.ppo import PPO, proportional, whitened
+from tiltlm.inference.training.policy_gradients.reinforce import Reinforce
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward

@@ -15,11 +15,11 @@ from tiltlm.errors import TiltWarning
 from tiltlm.evidence import RewardLaw, WinRate
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.inference.source import Decoded, Given, Pool
-from tiltlm.inference.training.dpo import DPO
-from tiltlm.inference.training.ipo import IPO
-from tiltlm.inference.training.pairs import bradley_terry, pairs_within, winner
-from tiltlm.inference.training.rloo import RLOO
-from tiltlm.inference.training.sft import SFT
+from tiltlm.inference.training.filtered.sft import SFT
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
+from tiltlm.inference.training.preferences.dpo import DPO
+from tiltlm.inference.training.preferences.ipo import IPO
+from tiltlm.inference.training.preferences.pairs import bradley_terry, pairs_within, winner
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex

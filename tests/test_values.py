@@ -16,17 +16,17 @@ from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.optimise import Optimiser
 from tiltlm.inference.source import Replay
-from tiltlm.inference.training import soft_value_regression as svr
-from tiltlm.inference.training.contrastive_twist import ContrastiveTwist
-from tiltlm.inference.training.controlled_decoding import ControlledDecoding
-from tiltlm.inference.training.dqn import DQN
-from tiltlm.inference.training.fudge import EDGE, Fudge, log_failure
-from tiltlm.inference.training.q_learning import QLearning
-from tiltlm.inference.training.sarsa import SARSA
-from tiltlm.inference.training.soft_q_learning import SoftQLearning
-from tiltlm.inference.training.soft_sarsa import SoftSARSA
-from tiltlm.inference.training.soft_value_regression import SoftValueRegression, squared_weight
-from tiltlm.inference.training.temporal import lambda_return, per_completion, squared
+from tiltlm.inference.training.values import soft_value_regression as svr
+from tiltlm.inference.training.values.contrastive_twist import ContrastiveTwist
+from tiltlm.inference.training.values.controlled_decoding import ControlledDecoding
+from tiltlm.inference.training.values.dqn import DQN
+from tiltlm.inference.training.values.fudge import EDGE, Fudge, log_failure
+from tiltlm.inference.training.values.q_learning import QLearning
+from tiltlm.inference.training.values.sarsa import SARSA
+from tiltlm.inference.training.values.soft_q_learning import SoftQLearning
+from tiltlm.inference.training.values.soft_sarsa import SoftSARSA
+from tiltlm.inference.training.values.soft_value_regression import SoftValueRegression, squared_weight
+from tiltlm.inference.training.values.temporal import lambda_return, per_completion, squared
 from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
 from tiltlm.posterior.values import Tree, max_backup, prior_backup, soft_backup

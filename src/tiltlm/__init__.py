@@ -39,30 +39,30 @@ if TYPE_CHECKING:
     from tiltlm.inference.decoding.value_guided import ValueGuided
     from tiltlm.inference.fit import Training, fit
     from tiltlm.inference.source import Decoded, FromPrior, Given, OnPolicy, Pool, Replay
-    from tiltlm.inference.training.bond import BOND
-    from tiltlm.inference.training.contrastive_twist import ContrastiveTwist
-    from tiltlm.inference.training.controlled_decoding import ControlledDecoding
-    from tiltlm.inference.training.dpo import DPO
-    from tiltlm.inference.training.dqn import DQN
-    from tiltlm.inference.training.em import EM
-    from tiltlm.inference.training.f_divergence import FDivergence
-    from tiltlm.inference.training.fudge import Fudge
-    from tiltlm.inference.training.grpo import GRPO
-    from tiltlm.inference.training.ipo import IPO
-    from tiltlm.inference.training.path_consistency import PathConsistency
-    from tiltlm.inference.training.ppo import PPO
-    from tiltlm.inference.training.q_learning import QLearning
-    from tiltlm.inference.training.raft import RAFT, IteratedRAFT
-    from tiltlm.inference.training.reinforce import Reinforce
-    from tiltlm.inference.training.rloo import RLOO
-    from tiltlm.inference.training.sarsa import SARSA
-    from tiltlm.inference.training.sft import SFT
-    from tiltlm.inference.training.soft_q_learning import SoftQLearning
-    from tiltlm.inference.training.soft_sarsa import SoftSARSA
-    from tiltlm.inference.training.soft_value_regression import SoftValueRegression
-    from tiltlm.inference.training.sub_trajectory_balance import SubTrajectoryBalance
-    from tiltlm.inference.training.trajectory_balance import TrajectoryBalance
-    from tiltlm.inference.training.var_grad import VarGrad
+    from tiltlm.inference.training.filtered.bond import BOND
+    from tiltlm.inference.training.filtered.em import EM
+    from tiltlm.inference.training.filtered.raft import RAFT, IteratedRAFT
+    from tiltlm.inference.training.filtered.sft import SFT
+    from tiltlm.inference.training.matching.f_divergence import FDivergence
+    from tiltlm.inference.training.paths.path_consistency import PathConsistency
+    from tiltlm.inference.training.paths.sub_trajectory_balance import SubTrajectoryBalance
+    from tiltlm.inference.training.paths.trajectory_balance import TrajectoryBalance
+    from tiltlm.inference.training.paths.var_grad import VarGrad
+    from tiltlm.inference.training.policy_gradients.grpo import GRPO
+    from tiltlm.inference.training.policy_gradients.ppo import PPO
+    from tiltlm.inference.training.policy_gradients.reinforce import Reinforce
+    from tiltlm.inference.training.policy_gradients.rloo import RLOO
+    from tiltlm.inference.training.preferences.dpo import DPO
+    from tiltlm.inference.training.preferences.ipo import IPO
+    from tiltlm.inference.training.values.contrastive_twist import ContrastiveTwist
+    from tiltlm.inference.training.values.controlled_decoding import ControlledDecoding
+    from tiltlm.inference.training.values.dqn import DQN
+    from tiltlm.inference.training.values.fudge import Fudge
+    from tiltlm.inference.training.values.q_learning import QLearning
+    from tiltlm.inference.training.values.sarsa import SARSA
+    from tiltlm.inference.training.values.soft_q_learning import SoftQLearning
+    from tiltlm.inference.training.values.soft_sarsa import SoftSARSA
+    from tiltlm.inference.training.values.soft_value_regression import SoftValueRegression
     from tiltlm.lm.adapters import LoRA
     from tiltlm.lm.given import demonstrations, preferences
     from tiltlm.lm.load import LanguageModel, load

@@ -60,8 +60,8 @@ def summary_of(engine: Any) -> str:
 
 def _engines(package: ModuleType, method: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for entry in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{entry.name}")
+    for entry in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(entry.name)
         kinds = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
         for kind in kinds:
             if dataclasses.is_dataclass(kind) and hasattr(kind, method) and hasattr(kind, "claim"):

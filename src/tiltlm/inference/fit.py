@@ -25,7 +25,7 @@ from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
 from tiltlm.inference.source import Source, default_source, require_sound
-from tiltlm.inference.training.rloo import RLOO
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.lm.adapters import LoRA
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Prompts, Scored

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from tiltlm.explanation.closed_form import law_of
 from tiltlm.explanation.objective import Baseline, Estimator, KLTerm, Length, Objective, Sampling, Scale
-from tiltlm.inference.training import advantages, aggregate, baselines, credit, importance, kl_terms
-from tiltlm.inference.training.grpo import GRPO
-from tiltlm.inference.training.ppo import PPO, as_they_are, fixed, proportional, whitened
-from tiltlm.inference.training.reinforce import Reinforce
-from tiltlm.inference.training.rloo import RLOO
+from tiltlm.inference.training.policy_gradients import advantages, aggregate, baselines, credit, importance, kl_terms
+from tiltlm.inference.training.policy_gradients.grpo import GRPO
+from tiltlm.inference.training.policy_gradients.ppo import PPO, as_they_are, fixed, proportional, whitened
+from tiltlm.inference.training.policy_gradients.reinforce import Reinforce
+from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.protocols import Claim
 
 P_STARS = ("p*", "p* at another beta")

@@ -1,1 +1,1 @@
-"""Training engines, one a file."""
+"""Training engines, one a file, in a folder for each family."""

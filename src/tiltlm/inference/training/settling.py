@@ -24,8 +24,8 @@ from scipy.optimize import root
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.advantages import Advantage
-from tiltlm.inference.training.aggregate import Aggregate
+from tiltlm.inference.training.policy_gradients.advantages import Advantage
+from tiltlm.inference.training.policy_gradients.aggregate import Aggregate
 from tiltlm.posterior.exact import Exact
 
 LISTED = 5_000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tiltlm.inference.training.temporal import lambda_return, per_completion, require_rates, squared
+from tiltlm.inference.training.values.temporal import lambda_return, per_completion, require_rates, squared
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

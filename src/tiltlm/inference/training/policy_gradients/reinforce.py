@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.baselines import (
+from tiltlm.inference.training.policy_gradients.baselines import (
     Baseline,
     RunningMean,
     no_baseline,
@@ -15,8 +15,8 @@ from tiltlm.inference.training.baselines import (
     of_the_group,
     of_the_others,
 )
-from tiltlm.inference.training.credit import Credit, to_go, whole
-from tiltlm.inference.training.kl_terms import KLTerm, rao_blackwell, sampled
+from tiltlm.inference.training.policy_gradients.credit import Credit, to_go, whole
+from tiltlm.inference.training.policy_gradients.kl_terms import KLTerm, rao_blackwell, sampled
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

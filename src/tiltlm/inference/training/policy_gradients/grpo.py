@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.inference.training import settling
-from tiltlm.inference.training.advantages import (
+from tiltlm.inference.training.policy_gradients.advantages import (
     Advantage,
     batch_standardised,
     centred,
@@ -20,10 +20,16 @@ from tiltlm.inference.training.advantages import (
     standardised_population,
     uncentred,
 )
-from tiltlm.inference.training.aggregate import Aggregate, constant_length, sequence_mean, token_mean, total
-from tiltlm.inference.training.credit import Credit, to_go, whole
-from tiltlm.inference.training.importance import Importance, clipped, sequence_ratio, token_ratio
-from tiltlm.inference.training.kl_terms import (
+from tiltlm.inference.training.policy_gradients.aggregate import (
+    Aggregate,
+    constant_length,
+    sequence_mean,
+    token_mean,
+    total,
+)
+from tiltlm.inference.training.policy_gradients.credit import Credit, to_go, whole
+from tiltlm.inference.training.policy_gradients.importance import Importance, clipped, sequence_ratio, token_ratio
+from tiltlm.inference.training.policy_gradients.kl_terms import (
     Estimator,
     Level,
     Place,

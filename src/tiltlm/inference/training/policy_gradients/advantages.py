@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tiltlm.inference.training.baselines import of_the_group, of_the_others
+from tiltlm.inference.training.policy_gradients.baselines import of_the_group, of_the_others
 
 Advantage = Callable[[Tensor, Int[Tensor, " B"]], Tensor]
 

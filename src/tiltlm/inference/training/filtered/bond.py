@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.evidence.win_rate import best_of_n_reward
-from tiltlm.inference.training.pairs import log_ratio
-from tiltlm.inference.training.raft import Best, weighted_likelihood
+from tiltlm.inference.training.filtered.raft import Best, weighted_likelihood
+from tiltlm.inference.training.preferences.pairs import log_ratio
 from tiltlm.posterior.exact import Exact, best_of_n_law
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.inference.training.q_learning import hard_law
-from tiltlm.inference.training.temporal import huber, lambda_return, per_completion, require_rates
+from tiltlm.inference.training.values.q_learning import hard_law
+from tiltlm.inference.training.values.temporal import huber, lambda_return, per_completion, require_rates
 from tiltlm.posterior.exact import Exact
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.inference.training.temporal import lambda_return, per_completion, require_rates, squared
+from tiltlm.inference.training.values.temporal import lambda_return, per_completion, require_rates, squared
 from tiltlm.posterior.exact import Exact
 from tiltlm.posterior.values import Tree, tilted_backup
 from tiltlm.protocols import Claim

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.path_consistency import potential
+from tiltlm.inference.training.paths.path_consistency import potential
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

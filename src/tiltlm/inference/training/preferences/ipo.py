@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.pairs import Label, bradley_terry, compare, log_ratio, winner
+from tiltlm.inference.training.preferences.pairs import Label, bradley_terry, compare, log_ratio, winner
 from tiltlm.posterior.exact import Exact
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored

@@ -13,10 +13,16 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.aggregate import Aggregate, constant_length, sequence_mean, token_mean, total
-from tiltlm.inference.training.importance import clipped
-from tiltlm.inference.training.kl_terms import KLTerm, rao_blackwell, sampled
-from tiltlm.inference.training.reinforce import needs_of
+from tiltlm.inference.training.policy_gradients.aggregate import (
+    Aggregate,
+    constant_length,
+    sequence_mean,
+    token_mean,
+    total,
+)
+from tiltlm.inference.training.policy_gradients.importance import clipped
+from tiltlm.inference.training.policy_gradients.kl_terms import KLTerm, rao_blackwell, sampled
+from tiltlm.inference.training.policy_gradients.reinforce import needs_of
 from tiltlm.posterior.exact import Exact, kl
 from tiltlm.posterior.values import Tree
 from tiltlm.protocols import Claim

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.inference.training.kl_terms import TokenKL
+from tiltlm.inference.training.policy_gradients.kl_terms import TokenKL
 
 Credit = Callable[[Float[Tensor, " B"], TokenKL], Float[Tensor, "B T"]]
 

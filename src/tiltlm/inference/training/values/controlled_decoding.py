@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.inference.training.temporal import per_completion, squared
+from tiltlm.inference.training.values.temporal import per_completion, squared
 from tiltlm.posterior.exact import Exact
 from tiltlm.posterior.values import Tree, prior_backup
 from tiltlm.protocols import Claim

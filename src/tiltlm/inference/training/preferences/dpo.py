@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.pairs import Label, bradley_terry, compare, log_ratio, winner
+from tiltlm.inference.training.preferences.pairs import Label, bradley_terry, compare, log_ratio, winner
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.raft import weighted_likelihood
+from tiltlm.inference.training.filtered.raft import weighted_likelihood
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 from tiltlm.weights import normalise

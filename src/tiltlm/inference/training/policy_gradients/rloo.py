@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.baselines import of_the_others
-from tiltlm.inference.training.credit import Credit, to_go, whole
-from tiltlm.inference.training.kl_terms import KLTerm, rao_blackwell, sampled
-from tiltlm.inference.training.reinforce import needs_of, weighted_score
+from tiltlm.inference.training.policy_gradients.baselines import of_the_others
+from tiltlm.inference.training.policy_gradients.credit import Credit, to_go, whole
+from tiltlm.inference.training.policy_gradients.kl_terms import KLTerm, rao_blackwell, sampled
+from tiltlm.inference.training.policy_gradients.reinforce import needs_of, weighted_score
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.training.temporal import per_completion
+from tiltlm.inference.training.values.temporal import per_completion
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
 

@@ -1,0 +1,1 @@
+"""Filtered fine-tuning: maximum likelihood on completions that were chosen."""

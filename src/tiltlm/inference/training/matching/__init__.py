@@ -1,0 +1,1 @@
+"""Distribution matching: an f-divergence between policy and posterior, descended."""

@@ -1,0 +1,1 @@
+"""Path consistency: what holds on every path of the posterior, squared."""

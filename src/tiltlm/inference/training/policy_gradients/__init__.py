@@ -1,0 +1,1 @@
+"""Policy gradients: the KL-penalised reward, ascended by its own gradient."""

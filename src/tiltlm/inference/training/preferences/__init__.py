@@ -1,0 +1,1 @@
+"""Preferences: pairs of completions, one of them better."""

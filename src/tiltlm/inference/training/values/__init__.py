@@ -1,0 +1,1 @@
+"""Value learning: what a text so far is worth, for a policy or a twist."""
