@@ -1,10 +1,15 @@
 """Our side of the race: one engine, one seed; or the exact gradient; or the judgement of a model that is there already.
 
-Prints one JSON object: the mean over prompts of KL(q||p*) and KL(p*||q), by listing every completion.
+Reads jobs from its input, one a line, written as command-line flags, and answers each with a line of JSON: the mean over
+prompts of KL(q||p*) and KL(p*||q), by listing every completion.
 """
 
 import argparse
+import contextlib
+import functools
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,10 @@ from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Replay, default_source
 from tiltlm.posterior import exact as ex
 
+REPEATS = 20
 
+
+@functools.cache
 def target_of(model: Path, reward: str) -> tuple[Any, Any, tuple[ex.Exact, ...]]:
     """The target, its prompts, and the truth about each."""
     prior = tl.load(model, dtype="float32").prior(max_new_tokens=LONGEST)
@@ -62,6 +70,15 @@ def source_of(engine: Any, options: argparse.Namespace) -> Any:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = run(parse(shlex.split(line)))
+        print(json.dumps(found), flush=True)
+
+
+def parse(flags: list[str]) -> argparse.Namespace:
+    """One job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--target", required=True)
@@ -75,25 +92,27 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--decode", type=int, default=0, help="SMC particles with the trained policy as the proposal")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    return parser.parse_args(flags)
+
+
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """The job's figures."""
     target, prompts, truth = target_of(options.model, options.target)
     steps = options.samples // (len(PROMPTS) * options.group)
     began = time.perf_counter()
-    facts: dict[str, Any] = {}
+    facts: dict[str, float] = {}
     if options.engine == "judge":
         policy = target.prior.policy_of(tl.load(options.judge, dtype="float32").body)
     elif options.engine == "exact-gradient":
         policy = exact_gradient(target, truth, options.lr, steps)
     else:
         engine = make_engine(training_engines(), options.engine, {"group": options.group, **options.options})
-        source = source_of(engine, options)
         monitor = Monitor(quiet=True)
         policy = tl.fit(
             target,
             prompts,
             engine,
-            source=source,
+            source=source_of(engine, options),
             lora=None,
             steps=steps,
             batch=len(PROMPTS),
@@ -106,14 +125,14 @@ def main() -> None:
     facts["seconds"] = time.perf_counter() - began
     if options.decode:
         facts["smc_bound"] = smc_bound(target, prompts, policy, truth, options.decode)
-    print(json.dumps({**facts, **judged(policy, truth)}))
+    return {**facts, **judged(policy, truth)}
 
 
 def smc_bound(target: Any, prompts: Any, policy: Any, truth: tuple[ex.Exact, ...], particles: int) -> float:
     """log Z - E log Zhat with the policy as the proposal: at least the KL of what is returned from p*."""
     engine = tl.SMC(particles=particles)
     gaps = []
-    for repeat in range(20):
+    for repeat in range(REPEATS):
         rng = torch.Generator().manual_seed(repeat)
         weighted = engine.sample(target, prompts, proposal=policy, rng=rng)
         gaps += [e.log_z - z.value for e, z in zip(truth, weighted.log_z or (), strict=True)]
