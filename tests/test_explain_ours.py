@@ -21,6 +21,7 @@ from tiltlm.explanation.implied import drift
 from tiltlm.explanation.readers import ours, policy_gradients
 from tiltlm.explanation.tree import tree
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.lagging import Lagging
 from tiltlm.inference.source import Decoded, Given, Replay, require_sound
 from tiltlm.inference.training.policy_gradients import advantages, aggregate, baselines, credit, kl_terms, ppo
 from tiltlm.inference.training.policy_gradients.grpo import GRPO
@@ -209,7 +210,7 @@ def test_the_film_recipe_is_explained():
     assert found.configured_beta is None
     assert page[1].strip() == "π(x|c) ∝ π0^[T=0.7](x|c)·exp(r/β)"
     assert "kl_budget = 0.5 (β follows from the plan" in " ".join(" ".join(page).split())
-    assert changed(found) == {"sampling"}
+    assert changed(found) == set()
     assert json.loads(json.dumps(found.as_dict()))["beta"] is None
 
 
@@ -278,10 +279,11 @@ def test_options_are_called_as_they_were_given():
 def test_a_source_is_refused_exactly_where_training_refuses_it(key):
     sources: dict[str, Any] = {
         "replay": Replay(),
+        "lag": Lagging(),
         "teacher": Decoded(decoding_engines()["rejection"]),
         "data": Given(SimpleNamespace()),  # pyright: ignore[reportArgumentType]
     }
-    values = {"replay": 8, "teacher": "rejection", "data": "rows.jsonl"}
+    values = {"replay": 8, "lag": 8, "teacher": "rejection", "data": "rows.jsonl"}
     verdicts = set()
     for name, engine in ENGINES.items():
         try:
@@ -328,7 +330,7 @@ def test_what_a_recipe_adds_to_a_claim():
     severities = {finding.field: finding.severity for finding in found.findings}
     assert severities["source"] == "harmless"
     assert severities["on_error"] == "adds bias or variance"
-    assert severities["sampling"] == "changes the target"
+    assert severities["sampling"] == "harmless"
     assert "temperature beta/k" in explain({"engine": "iterated-raft", "beta": BETA}).formula
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tiltlm as tl
-from tiltlm.inference.memory import Memory
+from tiltlm.inference.lagging import Lagging
+from tiltlm.inference.memory import DrawMemory
 from tiltlm.inference.source import (
     ACCEPTED,
     Decoded,
@@ -23,7 +24,7 @@ from tiltlm.inference.source import (
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.store import tensors_of
-from tiltlm.testing import fixture_b, small_language
+from tiltlm.testing import fixture_b, policy_with_law, small_language
 from tiltlm.weights import group_mean
 
 QUIET = {"lora": None, "batch": 1, "lr": 0.1}
@@ -129,7 +130,7 @@ class TestSources:
         for _ in range(4):
             batch = stream.batch([0], 2, rng)
         assert len(batch.scored) == 5
-        assert len(stream.memory()) == 4
+        assert len(stream.memory()[1]["texts"]) == 4
 
     def test_every_update_gets_other_old_draws_beside_the_same_fresh_ones(self, rng):
         target, prompts = three_prompts()
@@ -145,7 +146,7 @@ class TestSources:
     def test_memory_keeps_the_newest_of_each_prompt_whole(self, rng):
         target, prompts = three_prompts()
         draws = target.score(target.prior.draw(prompts, 7, rng))
-        memory = Memory(prompts, capacity=3)
+        memory = DrawMemory(prompts, capacity=3)
         assert memory.sample([0], 2, rng) is None
         for step in range(7):  # prompt 1 sits out the last two steps
             rows = [7 * p + step for p in range(3) if p != 1 or step < 5]
@@ -159,6 +160,34 @@ class TestSources:
         some = memory.sample([1], 2, rng)
         assert some.draws.prompts.texts == prompts.select([1]).texts
         assert set(some.draws.log_prob.tolist()) <= set(draws.draws.log_prob[9:12].tolist())
+
+    @pytest.mark.parametrize("share", [0.3, -0.3])
+    def test_the_proposal_moves_up_only_towards_the_posterior(self, share, rng):
+        """The policy is put some way towards p*, or away from it, and the exact KLs say whether the copy should follow."""
+        world = fixture_b()
+        exact = ex.posterior(world.target, world.prompts)
+        law = exact.log_prior + share * (exact.log_posterior - exact.log_prior)
+        policy = policy_with_law(world, law.log_softmax(-1))
+        ((name, table),) = policy.named_parameters().items()
+        there = table.detach().clone()
+        with torch.no_grad():
+            table.copy_(world.prior.policy(lora=None).named_parameters()[name])
+        stream = Lagging(every=2).open(world.target, policy, world.prompts, 0)
+        for _ in range(2):
+            batch = stream.batch([0], 4000, rng)
+            assert batch.scored.log_prior.allclose(batch.scored.draws.log_q)  # the copy is the prior
+            with torch.no_grad():
+                table.copy_(there)
+        nearer = ex.kl(exact.log_posterior, exact.log_prob(policy)) < ex.kl(exact.log_posterior, exact.log_prior)
+        assert nearer == (share > 0)
+        renewed = stream.batch([0], 8, rng).scored.draws
+        assert policy.log_prob(renewed).allclose(renewed.log_q) == nearer
+        assert table.equal(there)
+
+    def test_what_was_given_is_part_of_a_runs_identity(self, rng):
+        world = fixture_b()
+        first, second = (world.target.score(world.prior.draw(world.prompts, 8, rng)) for _ in range(2))
+        assert Given(first).identity == Given(first).identity != Given(second).identity
 
     def test_replay_settings(self):
         with pytest.raises(tl.InputError, match="capacity at least old"):
@@ -175,7 +204,9 @@ class TestSoundness:
     def test_every_claim_has_a_rule(self):
         assert set(typing.get_args(typing.get_type_hints(Claim)["data"])) == set(ACCEPTED)
 
-    @pytest.mark.parametrize("source", [Replay(), FromPrior(), Decoded(tl.Rejection())], ids=lambda s: type(s).__name__)
+    @pytest.mark.parametrize(
+        "source", [Replay(), FromPrior(), Lagging(), Decoded(tl.Rejection())], ids=lambda s: type(s).__name__
+    )
     def test_an_on_policy_loss_refuses_other_draws(self, source):
         with pytest.raises(tl.InputError, match="RLOO cannot learn from"):
             require_sound(tl.RLOO(), source)
@@ -194,7 +225,9 @@ class TestSoundness:
 
 class TestTraining:
     @pytest.mark.parametrize(
-        "source", [OnPolicy(), FromPrior(), Replay(), Decoded(tl.Importance(n=32))], ids=lambda s: type(s).__name__
+        "source",
+        [OnPolicy(), FromPrior(), Replay(), Lagging(), Decoded(tl.Importance(n=32))],
+        ids=lambda s: type(s).__name__,
     )
     def test_a_loss_that_is_right_for_any_draws_gets_there_from_all(self, source):
         world = fixture_b()
@@ -211,10 +244,11 @@ class TestTraining:
         exact = ex.posterior(world.target, world.prompts)
         assert ex.kl(exact.log_prob(policy), exact.log_posterior) < 0.3
 
-    def test_a_resumed_run_has_its_buffer_back(self, tmp_path):
+    @pytest.mark.parametrize("source", [Replay(old=4, capacity=12), Lagging(3), Lagging(4, adaptive=False)], ids=str)
+    def test_a_resumed_run_has_its_source_as_it_was(self, source, tmp_path):
         """Ten steps in one go, or five and five after a crash: the same weights, bit for bit."""
         world = fixture_b()
-        common = {**QUIET, "source": Replay(old=4, capacity=12), "checkpoint_every": 5}
+        common = {**QUIET, "source": source, "checkpoint_every": 5}
         whole = tl.fit(world.target, world.prompts, LogVariance(), steps=10, out=tmp_path / "whole", **common)
 
         class Crash(Exception):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tiltlm.inference.decoding.soft_best_of_n import SoftBestOfN
     from tiltlm.inference.decoding.value_guided import ValueGuided
     from tiltlm.inference.fit import Training, fit
+    from tiltlm.inference.lagging import Lagging
     from tiltlm.inference.source import Decoded, FromPrior, Given, OnPolicy, Pool, Replay
     from tiltlm.inference.training.filtered.bond import BOND
     from tiltlm.inference.training.filtered.em import EM
@@ -96,6 +97,7 @@ _HOME = {
     "InputError": "errors",
     "Interval": "records",
     "IteratedRAFT": "inference.training.filtered.raft",
+    "Lagging": "inference.lagging",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",
     "MCMC": "inference.decoding.mcmc",
@@ -182,6 +184,7 @@ __all__ = [
     "InputError",
     "Interval",
     "IteratedRAFT",
+    "Lagging",
     "LanguageModel",
     "LoRA",
     "Moment",

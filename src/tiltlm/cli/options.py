@@ -36,6 +36,7 @@ GROUPS = {
         "options",
         "group",
         "replay",
+        "lag",
         "teacher",
         "data",
         "steps",

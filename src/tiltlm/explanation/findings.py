@@ -23,7 +23,8 @@ def findings(objective: Objective | PairLoss | Claimed, p0: float = 0.2) -> tupl
     if isinstance(objective, PairLoss):
         return tuple(_pair_findings(objective))
     if isinstance(objective, Claimed):
-        law = Objective(sampling=Sampling(objective.temperature), scoring_temperature=objective.temperature)
+        t = objective.temperature
+        law = Objective(sampling=Sampling(t), scoring_temperature=t, prior_temperature=t)
         tempered = target.temperature(Case(law))
         return () if tempered is None or objective.refused else (tempered,)
     case = Case(objective, p0)

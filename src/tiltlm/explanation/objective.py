@@ -94,6 +94,7 @@ class Objective:
         shaping: penalties that are added to the reward.
         sampling: the law that draws.
         scoring_temperature: the temperature at which draws are scored.
+        prior_temperature: the temperature that the configuration itself states for the prior: 1 where a library knows none.
         mask_truncated: completions without EOS carry no gradient.
         sync_every: steps between updates of the reference towards the policy; 0 leaves it alone.
         sync_mix: the policy's share in such an update.
@@ -126,6 +127,7 @@ class Objective:
     shaping: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
     scoring_temperature: float = 1.0
+    prior_temperature: float = 1.0
     mask_truncated: bool = False
     sync_every: int = 0
     sync_mix: float = 1.0

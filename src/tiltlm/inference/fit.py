@@ -30,7 +30,6 @@ from tiltlm.lm.adapters import LoRA
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Prompts, Scored
 from tiltlm.seeds import generator
-from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target, require_finite, require_trainable
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
@@ -294,7 +293,7 @@ class _Loop:
             "beta": self.target.beta,
             "evidence": getattr(self.target.evidence, "identity", ""),
             "engine": _name(self.engine),
-            "source": _name(self.source),
+            "source": getattr(self.source, "identity", _name(self.source)),
             "policy": self.made_of,
             "weights": f"{sum(v.numel() for v in weights.values())} numbers in {len(weights)} tensors",
             **{name: getattr(self.settings, name) for name in SAME_RUN},
@@ -308,13 +307,11 @@ class _Loop:
 
     def _save(self, step: int, monitor: Monitor) -> None:
         assert self.out is not None
-        memory, replay = self.stream.memory(), {}
+        kept, remembered = self.stream.memory()
         tensors = self.optimiser.tensors() | self._buffers()
-        if memory is not None:
-            kept, replay = tensors_of(memory)
-            tensors |= {f"replay.{name}": value for name, value in kept.items()}
+        tensors |= {f"stream.{name}": value for name, value in kept.items()}
         values = {
-            "replay": replay,
+            "stream": remembered,
             "identity": self._identity(),
             "metrics_bytes": monitor.position(),
             "best_elbo": self.best_elbo if self.best_elbo > -float("inf") else None,
@@ -342,9 +339,9 @@ class _Loop:
         self.optimiser.restore(saved.tensors)
         for name, value in self._buffers().items():
             value.copy_(saved.tensors[name])
-        if saved.values["replay"]:
-            kept = {name[7:]: value for name, value in saved.tensors.items() if name.startswith("replay.")}
-            self.stream.remember(scored_of(kept, saved.values["replay"]))
+        if saved.values["stream"]:
+            kept = {name[7:]: value for name, value in saved.tensors.items() if name.startswith("stream.")}
+            self.stream.remember(kept, saved.values["stream"])
         self.stale = int(saved.values["stale"])
         best = saved.values["best_elbo"]
         self.best_elbo = -float("inf") if best is None else float(best)

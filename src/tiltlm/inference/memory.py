@@ -12,7 +12,7 @@ from tiltlm.records import Prompts, Scored
 from tiltlm.store import scored_of, tensors_of
 
 
-class Memory:
+class DrawMemory:
     """The newest `capacity` draws of every prompt. Adding and sampling cost what is added and sampled, not what is held."""
 
     def __init__(self, prompts: Prompts, capacity: int) -> None:
@@ -86,4 +86,4 @@ def _with_room(held: Tensor, rows: int, shape: Sequence[int]) -> Tensor:
     return wider
 
 
-__all__ = ["Memory"]
+__all__ = ["DrawMemory"]

@@ -6,6 +6,7 @@ be fed is in its claim, and `fit` refuses the rest.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -14,9 +15,10 @@ import torch
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.memory import Memory
+from tiltlm.inference.memory import DrawMemory
 from tiltlm.protocols import Claim, DecodingEngine, Policy
 from tiltlm.records import Draws, Prompts, Scored
+from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target
 from tiltlm.weights import resample
 
@@ -32,6 +34,9 @@ ACCEPTED: Mapping[str, frozenset[Origin]] = {
 }
 """Which origins each `Claim.data` is sound with."""
 
+
+Memory = tuple[dict[str, Tensor], dict[str, Any]]
+"""What a stream remembers, for a checkpoint: tensors by name, and plain values."""
 
 TRIES = 8
 """How often a decoding engine is asked again that gave no sample at all."""
@@ -63,12 +68,12 @@ class Stream(Protocol):
         """What a further update of the same step learns from: the same fresh completions, perhaps beside others."""
         ...
 
-    def memory(self) -> Scored | None:
-        """What a checkpoint must keep: draws for the whole data set, or None."""
+    def memory(self) -> Memory:
+        """What a checkpoint must keep."""
         ...
 
-    def remember(self, memory: Scored) -> None:
-        """Take back what `memory` gave."""
+    def remember(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take back what `memory` gave; called only if that was not empty."""
         ...
 
 
@@ -85,10 +90,10 @@ class _Memoryless:
     def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
         return batch.scored
 
-    def memory(self) -> None:
-        return None
+    def memory(self) -> Memory:
+        return {}, {}
 
-    def remember(self, memory: Scored) -> None:
+    def remember(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """There is nothing to remember."""
 
 
@@ -187,7 +192,7 @@ class _Replaying:
     def __init__(self, choice: Replay, target: Target, policy: Policy, prompts: Prompts) -> None:
         self.choice, self.prompts = choice, prompts
         self.drawing = _Drawing(target, policy, prompts)
-        self.held = Memory(prompts, choice.capacity)
+        self.held = DrawMemory(prompts, choice.capacity)
         self.newest: Scored | None = None  # of the last step; they come to the memory after its updates
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
@@ -199,12 +204,13 @@ class _Replaying:
     def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
         return self._beside(batch.fresh or batch.scored, index, rng)
 
-    def memory(self) -> Scored | None:
+    def memory(self) -> Memory:
         self._put_away()
-        return self.held.everything()
+        everything = self.held.everything()
+        return ({}, {}) if everything is None else tensors_of(everything)
 
-    def remember(self, memory: Scored) -> None:
-        self.held.add(memory)
+    def remember(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        self.held.add(scored_of(tensors, values, self.prompts))
 
     def _beside(self, fresh: Scored, index: Sequence[int], rng: Generator) -> Scored:
         old = self.held.sample(index, self.choice.old, rng)
@@ -273,6 +279,14 @@ class Given:
 
     scored: Scored = field(repr=False)
     origin: Origin = "given"
+
+    @property
+    def identity(self) -> str:
+        """Tells these completions, and the preferences between them, from others."""
+        digest = hashlib.sha256()
+        for tensor in (self.scored.draws.tokens, self.scored.draws.prompt_index, self.scored.pairs):
+            digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
+        return f"{self} {digest.hexdigest()[:16]}"
 
     def open(self, target: Target, policy: Policy, prompts: Prompts, seed: int) -> Stream:
         _require_draws_of(self.scored.draws, prompts)

@@ -27,6 +27,7 @@ from tiltlm.inference.catalogue import decoding_engines, make_engine, training_e
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
+from tiltlm.inference.lagging import Lagging
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Given, Replay, Source
 from tiltlm.lm.adapters import LoRA
@@ -116,6 +117,8 @@ class Run:
         r = self.recipe
         if r.replay:
             return Replay(old=r.replay, capacity=max(1024, r.replay))
+        if r.lag:
+            return Lagging(r.lag)
         if self._teacher is not None:
             return Decoded(self._teacher)
         return Given(self.given) if r.data is not None else None

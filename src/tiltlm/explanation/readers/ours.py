@@ -29,12 +29,13 @@ OPTIONS = {
     "temperature": Option("number", 1.0),
     "on_error": Option("text", "fail", ("fail", "drop")),
     "replay": Option("count", 0),
+    "lag": Option("count", 0),
     "teacher": Option("text", None),
     "data": Option("text", None),
 }
 """A recipe's keys that bear on the law, with its defaults."""
 TEMPERATURES = ("beta", "kl_budget", "reward_goal")
-SOURCES: Mapping[str, Origin] = {"replay": "other", "teacher": "given", "data": "given"}
+SOURCES: Mapping[str, Origin] = {"replay": "other", "lag": "other", "teacher": "given", "data": "given"}
 """Whose completions a recipe's sources give."""
 
 
@@ -135,8 +136,10 @@ def _findings(
     if source is not None and isinstance(objective, Claimed) and objective.refused:
         remedy = f"leave {source} out, or take an engine whose data are any: var-grad, for example"
         yield Finding("source", objective.refused, TARGET, remedy=remedy)
-    elif source == "replay":
-        says = f"{name} learns from {_LEARNS[claim.data]}; earlier draws, which carry their law, move nothing"
+    elif source in {"replay", "lag"}:
+        says = (
+            f"{name} learns from {_LEARNS[claim.data]}; draws of an earlier policy, which carry their law, move nothing"
+        )
         yield Finding("source", says, FINE)
     elif source == "teacher" and claim.fixed_point == "data":
         teacher = make_engine(decoding_engines(), s["teacher"], {}).claim

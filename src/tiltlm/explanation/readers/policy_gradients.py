@@ -35,8 +35,12 @@ def objective_of(engine: Any, beta: float | None, temperature: float = 1.0) -> O
     are drawn, and a law here may be that of large ones.
     """
     objective = _WORDS[type(engine)](engine, beta)
-    standing = Sampling(temperature)
-    return replace(_within(engine.claim, objective), sampling=standing, scoring_temperature=temperature)
+    return replace(
+        _within(engine.claim, objective),
+        sampling=Sampling(temperature),
+        scoring_temperature=temperature,
+        prior_temperature=temperature,
+    )
 
 
 def _within(claim: Claim, objective: Objective) -> Objective:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiltlm.explanation.rules.finding import TARGET, Case, Finding, Rule
+from tiltlm.explanation.rules.finding import FINE, TARGET, Case, Finding, Rule
 
 
 def reward_clip(case: Case) -> Finding | None:
@@ -46,8 +46,11 @@ def temperature(case: Case) -> Finding | None:
         return Finding(
             "sampling", says, TARGET, "E_μ[A∇log π], μ ≠ π, vanishes elsewhere", "use one temperature for both"
         )
-    if drawn == 1:
-        return None
+    if drawn == case.objective.prior_temperature:
+        if drawn == 1:
+            return None
+        says = f"the prior is the model at temperature {drawn:g}, and so is the policy: serve it at that temperature"
+        return Finding("sampling", says, FINE, f"π_T ∝ π0_T·exp(r/β), T = {drawn:g}")
     says = f"drawn and scored at temperature {drawn:g}: a posterior of the tempered prior, which holds at that temperature only"
     return Finding(
         "sampling", says, TARGET, f"π_T ∝ π0_T·exp(r/β), T = {drawn:g}", "train at 1, or serve at the same temperature"

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from tiltlm.errors import InputError
 from tiltlm.protocols import Claim, Sampler
 from tiltlm.records import Prompts, Scored, Weighted
 from tiltlm.target import Target
@@ -28,7 +29,7 @@ class BestOfN:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ValueError(f"n is {self.n}; draw at least 1 completion")
+            raise InputError(f"n is {self.n}; draw at least 1 completion")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """`n` draws a prompt, all the weight on the best."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from tiltlm.errors import InputError
 from tiltlm.protocols import Claim, Sampler
 from tiltlm.records import Prompts, Scored, Weighted
 from tiltlm.target import Target, require_finite
@@ -27,7 +28,7 @@ class Importance:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ValueError(f"n is {self.n}; draw at least 1 completion")
+            raise InputError(f"n is {self.n}; draw at least 1 completion")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """`n` weighted draws a prompt, with the estimate of log Z."""

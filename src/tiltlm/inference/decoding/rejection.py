@@ -36,7 +36,7 @@ class Rejection:
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.round < 1:
-            raise ValueError(f"n is {self.n} and round is {self.round}; both must be at least 1")
+            raise InputError(f"n is {self.n} and round is {self.round}; both must be at least 1")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Accepted draws with weight 1, the others with weight 0.
