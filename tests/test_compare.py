@@ -233,7 +233,8 @@ class TestBudget:
 
 class TestNames:
     def test_contenders(self):
-        found = contenders_of("prior, rloo,var-grad+replay,rloo/importance,sft,best-of-n", 4)
+        assert contenders_of("ppo", 4, 16)["ppo"].engine.max_length == 16
+        found = contenders_of("prior, rloo,var-grad+replay,rloo/importance,sft,best-of-n", 4, 16)
         assert found["prior"].engine is None
         assert found["rloo"].engine.group == 4
         assert found["var-grad+replay"].source.old == 4
@@ -252,4 +253,4 @@ class TestNames:
     )
     def test_bad(self, names, message):
         with pytest.raises(tl.InputError, match=message):
-            contenders_of(names, 4)
+            contenders_of(names, 4, 16)

@@ -469,6 +469,13 @@ class TestConstraintWithEngines:
         assert len(accepted.scored) > 5
         assert all(no_zero([t[m].tolist() for t, m in _ids(accepted.scored)]))
 
+    def test_best_of_n_returns_nothing_where_every_draw_is_ruled_out(self, a, target, exact):
+        engine = tl.BestOfN(n=3)
+        ruled_out = (exact.scored.log_evidence == -torch.inf).nonzero().flatten()
+        assert engine.selection(target, exact.scored.select(ruled_out[:3])).sum() == 0
+        one_legal = torch.cat([ruled_out[:2], (exact.scored.log_evidence > -torch.inf).nonzero().flatten()[:1]])
+        assert engine.selection(target, exact.scored.select(one_legal)).tolist() == [0, 0, 1]
+
     def test_the_chance_of_each_draw_is_that_of_the_conditioned_posterior(self, a, target, exact):
         listing = exact.scored.select(torch.arange(12))
         for engine in (tl.Importance(n=12), tl.Rejection(n=12)):

@@ -47,6 +47,18 @@ def make_engine(engines: Mapping[str, Any], name: str, options: Mapping[str, Any
     return dataclasses.replace(engine, **values)
 
 
+def make_trainer(name: str, group: int, max_new_tokens: int, options: Mapping[str, Any]) -> Any:
+    """A training engine with what a run decides for it, the group and the longest completion, unless `options` do.
+
+    Raises:
+        InputError: as `make_engine`.
+    """
+    engines = training_engines()
+    known = {field.name for field in dataclasses.fields(engines[name])} if name in engines else set()
+    decided = {"group": group, "max_length": max_new_tokens}
+    return make_engine(engines, name, {key: value for key, value in decided.items() if key in known} | dict(options))
+
+
 def name_of(kind: type) -> str:
     """VarGrad is var-grad, BestOfN is best-of-n, SoftSARSA is soft-sarsa, RLOO is rloo."""
     parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", kind.__name__)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tiltlm.errors import InputError
-from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer, training_engines
 from tiltlm.inference.compare import Comparison, Contender, compare
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.monitor import Monitor
@@ -21,7 +20,7 @@ TEACHER = "best-of-n"
 """Whose samples an engine learns from that learns from given completions."""
 
 
-def contenders_of(names: str, group: int) -> dict[str, Contender]:
+def contenders_of(names: str, group: int, max_new_tokens: int) -> dict[str, Contender]:
     """Contenders from a list such as "prior,smc,rloo,var-grad+replay,rloo/smc,sft".
 
     A name is an engine's. `+replay` lets a training engine reuse earlier draws, `/decoder` decodes with the trained policy as the
@@ -33,10 +32,10 @@ def contenders_of(names: str, group: int) -> dict[str, Contender]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
         raise InputError("engines is empty; name some, for example rloo,var-grad+replay,best-of-n")
-    return {name: _contender(name, group) for name in found}
+    return {name: _contender(name, group, max_new_tokens) for name in found}
 
 
-def _contender(name: str, group: int) -> Contender:
+def _contender(name: str, group: int, max_new_tokens: int) -> Contender:
     if name == "prior":
         return Contender()
     trained, decodes, decoder = name.partition("/")
@@ -47,9 +46,9 @@ def _contender(name: str, group: int) -> Contender:
     trainers, decoders = training_engines(), decoding_engines()
     if base in decoders and not decodes and not plus:
         return Contender(decoders[base])
-    engine = make_engine({**decoders, **trainers} if base not in trainers else trainers, base, {})
-    if hasattr(engine, "group"):
-        engine = replace(engine, group=group)
+    if base not in trainers:
+        make_engine({**decoders, **trainers}, base, {})  # says what there is
+    engine = make_trainer(base, group, max_new_tokens, {})
     source: Any = Replay(old=group) if plus else None
     if source is None and engine.claim.data == "given":
         source = Decoded(within(decoders[TEACHER], group))
@@ -63,7 +62,7 @@ def contest(
 
     Writes `compare.json` and `compare.html` into the recipe's folder.
     """
-    contenders = contenders_of(engines, run.recipe.group)
+    contenders = contenders_of(engines, run.recipe.group, run.recipe.max_new_tokens)
     run.check()
     require_writable_folder(run.recipe.folder)
     target = run.target(run.chosen_beta())

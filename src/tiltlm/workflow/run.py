@@ -23,7 +23,7 @@ from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
-from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
@@ -103,9 +103,7 @@ class Run:
     def engine(self) -> Any:
         """The training engine, with the recipe's settings."""
         r = self.recipe
-        engines = training_engines()
-        group = {"group": r.group} if r.engine in engines and _has(engines[r.engine], "group") else {}
-        return make_engine(engines, r.engine, {**group, **r.options})
+        return make_trainer(r.engine, r.group, r.max_new_tokens, r.options)
 
     @cached_property
     def _teacher(self) -> Any:

@@ -15,7 +15,7 @@ from tiltlm.explanation.objective import Claimed, Objective
 from tiltlm.explanation.readers import policy_gradients
 from tiltlm.explanation.readers.reading import Option, Reading, Settings
 from tiltlm.explanation.rules.finding import FINE, NOISE, TARGET, Finding
-from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
+from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.source import ACCEPTED, Origin
 from tiltlm.protocols import Claim
 
@@ -26,6 +26,7 @@ OPTIONS = {
     "kl_budget": Option("number", None),
     "reward_goal": Option("number", None),
     "group": Option("count", 8),
+    "max_new_tokens": Option("count", 64),
     "temperature": Option("number", 1.0),
     "on_error": Option("text", "fail", ("fail", "drop")),
     "replay": Option("count", 0),
@@ -56,10 +57,7 @@ def read(config: Mapping[str, Any]) -> Reading:
     name, options = str(config.get("engine", OPTIONS["engine"].default)), config.get("options") or {}
     if not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; it must be a mapping of option to value")
-    engines = training_engines()
-    fields = {field.name for field in dataclasses.fields(engines[name])} if name in engines else set()
-    group = {"group": settings["group"]} if "group" in fields else {}
-    engine = make_engine(engines, name, {**group, **options})
+    engine = make_trainer(name, settings["group"], settings["max_new_tokens"], options)
     beta, temperature = _beta(settings), settings["temperature"]
     source = _source(settings)
     unsound = source is not None and SOURCES[source] not in ACCEPTED[engine.claim.data]

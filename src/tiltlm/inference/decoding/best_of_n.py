@@ -21,6 +21,8 @@ class BestOfN:
     Its law is not p* but pi0(x) (F(x)^n - F_-(x)^n) / (F(x) - F_-(x)), F and F_- the prior's probabilities of a
     reward at most, and less than, r(x) (Beirami et al. 2024). At its own KL it is close to the best reward there is.
 
+    Where a hard constraint rules out all draws of a prompt, it returns none of them.
+
     With a proposal it is the same law of that proposal: nothing corrects for who drew.
     """
 
@@ -44,5 +46,8 @@ class BestOfN:
         index = scored.draws.prompt_index[by_prompt]
         first = torch.ones_like(index, dtype=torch.bool)
         first[1:] = index[1:] != index[:-1]
-        chosen[by_prompt[first]] = 1.0
+        winners = by_prompt[first]
+        chosen[winners] = (
+            scored.log_evidence[winners] > -torch.inf
+        ).double()  # the best of what is ruled out is ruled out
         return chosen
