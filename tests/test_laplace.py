@@ -81,7 +81,9 @@ def test_regression_finds_the_noise_and_prior_that_bayesian_ridge_finds():
 @pytest.mark.parametrize(
     "loss",
     [
-        Logistic(torch.rand(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64), 0.3 * normal(40, seed=4)),
+        Logistic(
+            torch.rand(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64), 0.3 * normal(40, seed=4)
+        ),
         Categorical(torch.arange(40) % 3, 3, smoothing=0.1),
         Gaussian(normal(40, seed=5), 0.4),
     ],
@@ -293,7 +295,9 @@ def test_bootstrapped_heads_spread_as_the_posterior_does():
     rng, found = torch.Generator().manual_seed(0), []
     for _ in range(100):
         rows = bootstrap_rows(1000, rng)
-        found.append(laplace(won[rows], sure(1000), other=lost[rows], precision=0.1, scaling=Standardiser.identity(3)).weights)
+        found.append(
+            laplace(won[rows], sure(1000), other=lost[rows], precision=0.1, scaling=Standardiser.identity(3)).weights
+        )
     ratio = torch.stack(found).std(0) / (posterior.root.square().sum(-1)).sqrt()
     print("bootstrap / posterior sd", ratio.tolist())
     assert ((0.75 < ratio) & (ratio < 1.33)).all()

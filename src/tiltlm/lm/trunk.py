@@ -59,7 +59,9 @@ class TopLayers:
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
-            raise InputError(f"count is {self.count}; unfreeze at least 1 layer, or give no adaptation to train a head only")
+            raise InputError(
+                f"count is {self.count}; unfreeze at least 1 layer, or give no adaptation to train a head only"
+            )
 
 
 Adaptation = LoRA | TopLayers | None
@@ -188,7 +190,9 @@ class Trunk:
         """
         self.base.prepare(adaptation)
         if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in self.base.live.items()}:
-            raise InputError(f"the saved weights do not fit {adaptation} on {self.name}; load them on the model they were trained on")
+            raise InputError(
+                f"the saved weights do not fit {adaptation} on {self.name}; load them on the model they were trained on"
+            )
         return Trunk(self.base, dict(weights))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -241,7 +245,9 @@ class Trunk:
             return []
         templated = tokenizer.chat_template is not None and tokenizer.bos_token is not None
         marks = [not (templated and text.startswith(tokenizer.bos_token)) for text in texts]
-        ids = [list(tokenizer(text, add_special_tokens=mark)["input_ids"]) for text, mark in zip(texts, marks, strict=True)]
+        ids = [
+            list(tokenizer(text, add_special_tokens=mark)["input_ids"]) for text, mark in zip(texts, marks, strict=True)
+        ]
         long = sum(len(some) > limit for some in ids)
         if long:
             warnings.warn(
@@ -314,7 +320,9 @@ def load_trunk(
         raise InputError(f"pooling is {pooling!r}; use auto, last or mean")
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
-            raise InputError("tokenizer is missing: a model in memory comes with its tokenizer, load_trunk(model, tokenizer)")
+            raise InputError(
+                "tokenizer is missing: a model in memory comes with its tokenizer, load_trunk(model, tokenizer)"
+            )
         body: Any = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
         label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
     else:
@@ -368,7 +376,9 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise InputError(f"{type(model).__name__} has no list of {depth} layers, so that its top ones cannot be told; use LoRA")
+    raise InputError(
+        f"{type(model).__name__} has no list of {depth} layers, so that its top ones cannot be told; use LoRA"
+    )
 
 
 def _top_parameters(model: PreTrainedModel, count: int | None) -> dict[str, nn.Parameter]:
@@ -378,7 +388,9 @@ def _top_parameters(model: PreTrainedModel, count: int | None) -> dict[str, nn.P
         return named
     layers = _layers(model)
     if count > len(layers):
-        raise InputError(f"count is {count}, and the model has {len(layers)} layers; give at most that, or None for everything")
+        raise InputError(
+            f"count is {count}, and the model has {len(layers)} layers; give at most that, or None for everything"
+        )
     inside = {id(p) for p in layers.parameters()}
     top = {id(p) for layer in layers[len(layers) - count :] for p in layer.parameters()}
     chosen: dict[str, nn.Parameter] = {}

@@ -13,6 +13,7 @@ from tiltlm.report.folder import Json
 from tiltlm.report.html import embed, page
 from tiltlm.report.legend import legend
 from tiltlm.report.palette import LIGHT
+from tiltlm.reward_models.calibration import BINS
 
 WITH, WITHOUT = "with its uncertainty", "by its mean alone"
 TONES = {WITH: ("posterior", "circle"), WITHOUT: ("policy", "diamond")}
@@ -31,7 +32,7 @@ def write_calibration(checks: Sequence[tuple[Json, Json]], path: Path) -> Path:
     for pair in checks:
         figure = reliability_figure(*pair)
         sections.append((pair[0], embed(figure), legend(figure), [_row(WITH, pair[0]), _row(WITHOUT, pair[1])]))
-    text = page("calibration.html.j2", sections=sections)
+    text = page("calibration.html.j2", sections=sections, bins=BINS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -60,7 +61,11 @@ def reliability_figure(bayesian: Json, plain: Json) -> go.Figure:
             x=[some["confidence"] for some in bins],
             y=[some["accuracy"] for some in bins],
             mode="markers",
-            marker={"color": LIGHT[tone], "symbol": symbol, "size": [_size(some["count"], check["nll"]["n"]) for some in bins]},
+            marker={
+                "color": LIGHT[tone],
+                "symbol": symbol,
+                "size": [_size(some["count"], check["nll"]["n"]) for some in bins],
+            },
             error_y={
                 "type": "data",
                 "array": [(some["accuracy"] * (1 - some["accuracy"]) / some["count"]) ** 0.5 for some in bins],

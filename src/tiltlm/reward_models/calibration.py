@@ -70,7 +70,12 @@ class Calibration:
 
 
 def calibration(
-    outcome: Float[Tensor, " N"], confidence: Float[Tensor, " N"], right: Float[Tensor, " N"], *, name: str = "", seed: int = 0
+    outcome: Float[Tensor, " N"],
+    confidence: Float[Tensor, " N"],
+    right: Float[Tensor, " N"],
+    *,
+    name: str = "",
+    seed: int = 0,
 ) -> Calibration:
     """From probabilities that were predicted.
 
@@ -115,10 +120,14 @@ def check_reward_model(
     """
     head = model.head(task)
     if head.kind == "regression":
-        raise InputError("the head predicts scores, and calibration is about outcomes; check one learned from comparisons or labels")
+        raise InputError(
+            "the head predicts scores, and calibration is about outcomes; check one learned from comparisons or labels"
+        )
     rows = data if isinstance(data, Task) else task_of(data, head.kind, classes=head.classes)
     if rows.kind != head.kind:
-        raise InputError(f"the rows are for {rows.kind}, and the head was learned by {head.kind}; give rows of that kind")
+        raise InputError(
+            f"the rows are for {rows.kind}, and the head was learned by {head.kind}; give rows of that kind"
+        )
     features = model.features_of(rows.answers) if features is None else features
     outcome, confidence, right = predictions(head, rows, features, plain=plain)
     return calibration(outcome, confidence, right, name=name)

@@ -93,7 +93,9 @@ def task_of(
     if not rows:
         raise InputError("there are no rows: the list is empty; give at least one")
     if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing is {label_smoothing}; it is the share of wrong labels, at least 0 and below 0.5")
+        raise InputError(
+            f"label_smoothing is {label_smoothing}; it is the share of wrong labels, at least 0 and below 0.5"
+        )
     kind = kind or next((k for k, name in COLUMNS.items() if name in rows[0]), None)
     if kind is None:
         raise InputError(
@@ -116,7 +118,9 @@ def _comparisons(rows: Sequence[Mapping[str, Any]], column: str) -> Task:
         written = comparison(whole, number, column)
         pair = [_place(_prompt(written.prompt), answer_of(c, number), places, answers) for c in written.completions]
         if pair[0] == pair[1]:
-            raise InputError(f"row {number}: chosen and rejected are the same, {answers[pair[0]][1]!r:.60}; leave the row out")
+            raise InputError(
+                f"row {number}: chosen and rejected are the same, {answers[pair[0]][1]!r:.60}; leave the row out"
+            )
         index.append(pair)
         margins.append(_number(row.get("margin") or 0.0, "margin", number))
     count = len(rows)
@@ -138,13 +142,17 @@ def _judged(rows: Sequence[Mapping[str, Any]], kind: Kind, column: str, classes:
         names = [str(value) for value in values]
         classes = classes or tuple(sorted(set(names)))
         if len(classes) < 2:
-            raise InputError(f"all {len(rows)} rows have the label {classes[0]!r}; a classifier needs at least two")
+            raise InputError(f"all {len(rows)} rows have the label {names[0]!r}; a classifier needs at least two")
         unknown = next((n for n, name in enumerate(names, 1) if name not in classes), None)
         if unknown is not None:
-            raise InputError(f"row {unknown} has label {names[unknown - 1]!r}, which is not one of {', '.join(classes)}")
+            raise InputError(
+                f"row {unknown} has label {names[unknown - 1]!r}, which is not one of {', '.join(classes)}"
+            )
         target = [float(classes.index(name)) for name in names]
     zero = torch.zeros(len(rows), dtype=torch.float64)
-    return Task(kind, tuple(answers), torch.tensor(index), torch.tensor(target, dtype=torch.float64), zero, classes=classes)
+    return Task(
+        kind, tuple(answers), torch.tensor(index), torch.tensor(target, dtype=torch.float64), zero, classes=classes
+    )
 
 
 def answers_of(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Answer]:

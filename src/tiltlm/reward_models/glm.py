@@ -233,7 +233,9 @@ def spread(precision: float, width: int, *, bias: bool) -> Float[Tensor, " F"]:
     return values
 
 
-def best_noise(design: Float[Tensor, "N F"], target: Float[Tensor, " N"], precision: float | None, *, bias: bool) -> float:
+def best_noise(
+    design: Float[Tensor, "N F"], target: Float[Tensor, " N"], precision: float | None, *, bias: bool
+) -> float:
     """The noise variance with the largest evidence, by MacKay's fixed point: SSE / (N - effective parameters).
 
     Args:

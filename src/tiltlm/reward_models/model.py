@@ -116,9 +116,7 @@ class RewardModel:
         """k draws of the reward, each judging all completions; centre them per prompt before comparing across draws."""
         return self.posterior().members(self.features(prompts, completions), k, rng)
 
-    def preference(
-        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]
-    ) -> Float[Tensor, " B"]:
+    def preference(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> Float[Tensor, " B"]:
         """P(first is preferred to second) for each prompt."""
         return self.posterior().preference(self.features(prompts, first), self.features(prompts, second))
 
@@ -173,7 +171,10 @@ class RewardModel:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "reward_model.json").unlink(missing_ok=True)
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / "reward_model.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                folder / "reward_model.safetensors",
+            )
             partial = folder / "reward_model.json.tmp"
             partial.write_text(json.dumps(values, indent=1))
             os.replace(partial, folder / "reward_model.json")  # last, so that its presence means that all is there
@@ -197,9 +198,13 @@ class RewardModel:
             values = json.loads((folder / "reward_model.json").read_text())
             tensors = load_file(folder / "reward_model.safetensors")
             if values["format"] != FORMAT:
-                raise InputError(f"{folder} has format {values['format']}, and this version reads {FORMAT}; train it anew")
+                raise InputError(
+                    f"{folder} has format {values['format']}, and this version reads {FORMAT}; train it anew"
+                )
         except FileNotFoundError as error:
-            raise InputError(f"{folder} holds no reward model (no reward_model.json); give a folder that does") from error
+            raise InputError(
+                f"{folder} holds no reward model (no reward_model.json); give a folder that does"
+            ) from error
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, InputError):
                 raise
@@ -278,5 +283,7 @@ def _written(adaptation: Adaptation) -> dict[str, Any] | None:
 def _read(values: Mapping[str, Any] | None) -> Adaptation:
     if values is None:
         return None
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "kind"}
+    settings = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "kind"
+    }
     return LoRA(**settings) if values["kind"] == "LoRA" else TopLayers(**settings)

@@ -39,9 +39,7 @@ class RewardPosterior(Protocol):
         ...
 
 
-def preference_probability(
-    difference: Float[Tensor, " B"], variance: Float[Tensor, " B"]
-) -> Float[Tensor, " B"]:
+def preference_probability(difference: Float[Tensor, " B"], variance: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """E sigma(d) for d ~ N(difference, variance), approximately: sigma(difference / sqrt(1 + pi variance / 8)) (MacKay 1992, eq. 10).
 
     Args:
@@ -151,9 +149,7 @@ class SoftmaxPosterior:
             contrast @ self.weights, vectors * values.clamp(min=0).sqrt(), self.scaling, self.precision
         )
 
-    def probabilities(
-        self, features: Float[Tensor, "B D"], rng: Generator, draws: int = 256
-    ) -> Float[Tensor, "B C"]:
+    def probabilities(self, features: Float[Tensor, "B D"], rng: Generator, draws: int = 256) -> Float[Tensor, "B C"]:
         """E softmax(W phi), by draws of W; of the order of 1 / sqrt(draws) off."""
         design, (classes, width) = self.scaling(features), self.weights.shape
         total = design.new_zeros(len(design), classes)
@@ -189,7 +185,9 @@ class Ensemble:
 
     def members(self, features: Tensor, k: int, rng: Generator) -> Float[Tensor, "K B"]:
         """k members, in random order, none a second time before all have had their turn."""
-        order = torch.cat([torch.randperm(len(self.parts), generator=rng) for _ in range(-(-_positive(k) // len(self.parts)))])
+        order = torch.cat(
+            [torch.randperm(len(self.parts), generator=rng) for _ in range(-(-_positive(k) // len(self.parts)))]
+        )
         views = self._views(features)
         if not self.within:
             return self._means(features)[order[:k]]
@@ -239,10 +237,14 @@ def laplace(
         InputError: if the precision is not positive or the features are not finite.
     """
     if precision is not None and not 0 < precision < math.inf:
-        raise InputError(f"precision is {precision}; it is a prior's 1 / variance and must be a positive number, or None")
+        raise InputError(
+            f"precision is {precision}; it is a prior's 1 / variance and must be a positive number, or None"
+        )
     everything = features if other is None else torch.cat([features, other])
     if not torch.isfinite(everything).all():
-        raise InputError("features hold NaN or infinite numbers; load the model with dtype=float32, or leave such rows out")
+        raise InputError(
+            "features hold NaN or infinite numbers; load the model with dtype=float32, or leave such rows out"
+        )
     scaling = scaling or Standardiser.of(everything, bias=bias)
     design = scaling(features) if other is None else scaling(features) - scaling(other)
     found = (

@@ -76,11 +76,15 @@ def train_reward_model(
         raise InputError(f"members is {members}; train at least 1")
     bootstrap = members > 1 and adaptation is None if bootstrap is None else bootstrap
     if members > 1 and adaptation is None and not bootstrap:
-        raise InputError("bootstrap is off and only heads are learned, so that all members would be the same; turn it on, or adapt")
+        raise InputError(
+            "bootstrap is off and only heads are learned, so that all members would be the same; turn it on, or adapt"
+        )
     trunk = model if isinstance(model, Trunk) else load_trunk(model)
     tuning = tuning or Tuning()
     place = None if folder is None else _workplace(Path(folder), resume)
-    plan = _Plan(tasks, tuning, precision, bootstrap, seed, place, resume, progress or (lambda what, count: lambda done: None))
+    plan = _Plan(
+        tasks, tuning, precision, bootstrap, seed, place, resume, progress or (lambda what, count: lambda done: None)
+    )
     base = plan.features(trunk, "base")
     trunks, parts = [], []
     for m in range(members):
@@ -91,7 +95,11 @@ def train_reward_model(
         parts.append(plan.heads(own, base if own is trunk else plan.features(own, f"member {m}"), m))
     heads = {
         name: Head(
-            task.kind, tuple(some[name][0] for some in parts), within, task.classes, max(some[name][1] for some in parts)
+            task.kind,
+            tuple(some[name][0] for some in parts),
+            within,
+            task.classes,
+            max(some[name][1] for some in parts),
         )
         for name, task in tasks.items()
     }
@@ -169,7 +177,9 @@ class _Plan:
         scaling = scaling_of(task, features)
         first, second = head_design(task, features)
         if task.kind != "regression":
-            return laplace(first, task.loss(), other=second, precision=precision, bias=task.biased, scaling=scaling), 0.0
+            return laplace(
+                first, task.loss(), other=second, precision=precision, bias=task.biased, scaling=scaling
+            ), 0.0
         centre, unit = float(task.target.mean()), float(task.target.std(correction=0)) or 1.0
         target = (task.target - centre) / unit
         noise = best_noise(scaling(first), target, precision, bias=True)
@@ -244,7 +254,15 @@ def _trunk_key(trunk: Trunk) -> str:
 
 
 def _digest(task: Task) -> str:
-    values = (task.kind, task.answers, task.rows.tolist(), task.target.tolist(), task.margin.tolist(), task.smoothing, task.classes)
+    values = (
+        task.kind,
+        task.answers,
+        task.rows.tolist(),
+        task.target.tolist(),
+        task.margin.tolist(),
+        task.smoothing,
+        task.classes,
+    )
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 

@@ -112,14 +112,18 @@ def tune(
     start = 0
     if folder is not None and resume and (found := latest(folder)) is not None:
         if found.values.get("key") != key:
-            raise InputError(f"{folder} holds checkpoints of another training; take another folder, or do without --resume")
+            raise InputError(
+                f"{folder} holds checkpoints of another training; take another folder, or do without --resume"
+            )
         optimiser.restore(found.tensors)
         start = found.step
         if progress is not None:
             progress(start)
     for step in range(start, tuning.steps):
         for name, module in modules.items():
-            _backward(trunk, ids[name], module, batch_rows(len(module.task), tuning.batch, step, seed, name), tuning.micro)
+            _backward(
+                trunk, ids[name], module, batch_rows(len(module.task), tuning.batch, step, seed, name), tuning.micro
+            )
         optimiser.gather()
         optimiser.step(tuning.clip, learning_rate(step, tuning.steps, tuning.warmup, "cosine"))
         done = step + 1

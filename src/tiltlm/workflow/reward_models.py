@@ -37,7 +37,9 @@ def tasks_of(files: Sequence[str], label_smoothing: float) -> dict[str, Task]:
     for file in files:
         name = Path(file).stem
         if name in tasks:
-            raise InputError(f"data names {name!r} twice; each file is a head by the file's name, so give them different names")
+            raise InputError(
+                f"data names {name!r} twice; each file is a head by the file's name, so give them different names"
+            )
         tasks[name] = task_of(read_rows(file), label_smoothing=label_smoothing)
     return tasks
 
