@@ -243,8 +243,8 @@ class Trunk:
         tokenizer, limit = cast(Any, self.base.tokenizer), self.base.max_tokens
         if not texts:
             return []
-        templated = tokenizer.chat_template is not None and tokenizer.bos_token is not None
-        marks = [not (templated and text.startswith(tokenizer.bos_token)) for text in texts]
+        first = str(tokenizer.bos_token) if tokenizer.chat_template is not None and tokenizer.bos_token else None
+        marks = [first is None or not text.startswith(first) for text in texts]  # a template writes its own BOS
         ids = [
             list(tokenizer(text, add_special_tokens=mark)["input_ids"]) for text, mark in zip(texts, marks, strict=True)
         ]

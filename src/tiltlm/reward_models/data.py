@@ -140,7 +140,7 @@ def _judged(rows: Sequence[Mapping[str, Any]], kind: Kind, column: str, classes:
         target = [_number(value, "score", number) for number, value in enumerate(values, 1)]
     else:
         names = [str(value) for value in values]
-        classes = classes or tuple(sorted(set(names)))
+        classes = classes or tuple(sorted(set(names)))  # in the order of their names
         if len(classes) < 2:
             raise InputError(f"all {len(rows)} rows have the label {names[0]!r}; a classifier needs at least two")
         unknown = next((n for n, name in enumerate(names, 1) if name not in classes), None)

@@ -283,7 +283,5 @@ def _written(adaptation: Adaptation) -> dict[str, Any] | None:
 def _read(values: Mapping[str, Any] | None) -> Adaptation:
     if values is None:
         return None
-    settings = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "kind"
-    }
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
     return LoRA(**settings) if values["kind"] == "LoRA" else TopLayers(**settings)

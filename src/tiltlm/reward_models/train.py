@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import LoRA
-from tiltlm.lm.trunk import Answer, Trunk, load_trunk
+from tiltlm.lm.trunk import Adaptation, Answer, TopLayers, Trunk, load_trunk
 from tiltlm.reward_models.data import Task, task_of
 from tiltlm.reward_models.glm import Gaussian, best_noise
 from tiltlm.reward_models.model import Head, RewardModel
@@ -34,9 +34,9 @@ Progress = Callable[[str, int], Callable[[int], None]]
 
 def train_reward_model(
     data: Sequence[Mapping[str, Any]] | Task | Mapping[str, Sequence[Mapping[str, Any]] | Task],
-    model: str | Path | Trunk = "smollm2-135m-instruct",
+    model: str | Path | Trunk = "all-minilm-l6-v2",
     *,
-    adaptation: Any = None,
+    adaptation: Adaptation = None,
     members: int = 1,
     bootstrap: bool | None = None,
     within: bool = False,
@@ -133,7 +133,7 @@ class _Plan:
         store = None if self.place is None else self.place / "features"
         return {name: _features(trunk, task.answers, store, bar) for name, task in self.tasks.items()}
 
-    def tuned(self, trunk: Trunk, base: Mapping[str, Tensor], member: int, adaptation: Any) -> Trunk:
+    def tuned(self, trunk: Trunk, base: Mapping[str, Tensor], member: int, adaptation: LoRA | TopLayers) -> Trunk:
         """A member's trunk, trained."""
         tasks = {name: self.rows(name, member) for name in self.tasks}
         starts = {name: self.head(task, base[name])[0] for name, task in tasks.items()}
@@ -264,6 +264,3 @@ def _digest(task: Task) -> str:
         task.classes,
     )
     return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-__all__ = ["LoRA", "train_reward_model"]
