@@ -68,7 +68,9 @@ def fitted(kind: str, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, prec
     return found
 
 
-def judged(kind: str, posterior: LinearPosterior, x: torch.Tensor, y: torch.Tensor, rng: torch.Generator, *, bayes: bool):
+def judged(
+    kind: str, posterior: LinearPosterior, x: torch.Tensor, y: torch.Tensor, rng: torch.Generator, *, bayes: bool
+):
     if kind == "labels":
         yes = posterior.probability(x) if bayes else posterior.mean(x).sigmoid()
         outcome = torch.where(y == 1, yes, 1 - yes)
@@ -77,7 +79,7 @@ def judged(kind: str, posterior: LinearPosterior, x: torch.Tensor, y: torch.Tens
         first, second = x[both[:, 0]], x[both[:, 1]]
         outcome = posterior.preference(first, second) if bayes else posterior.difference(first, second)[0].sigmoid()
         yes = outcome
-    return calibration(outcome, torch.maximum(yes, 1 - yes), (outcome > 0.5).double())
+    return calibration(outcome, torch.maximum(yes, 1 - yes), (outcome > 0.5).double(), resamples=0)
 
 
 def run(data: dict, kind: str, count: int, seed: int) -> list[dict]:
@@ -95,7 +97,9 @@ def run(data: dict, kind: str, count: int, seed: int) -> list[dict]:
             check = judged(kind, posteriors[precision], features_of, label, again, bayes=name == "Bayes")
             numbers = {key: getattr(check, key).value for key in ("nll", "accuracy", "ece")}
             chosen = posteriors[precision].precision
-            found.append({"kind": kind, "n": count, "seed": seed, "recipe": name, "set": place, "precision": chosen, **numbers})
+            found.append(
+                {"kind": kind, "n": count, "seed": seed, "recipe": name, "set": place, "precision": chosen, **numbers}
+            )
     return found
 
 
@@ -113,14 +117,19 @@ def main() -> None:
                 rows += run(data, kind, count, seed)
             for place in ("in", "out"):
                 for recipe in RECIPES:
-                    some = [r for r in rows if (r["kind"], r["n"], r["set"], r["recipe"]) == (kind, count, place, recipe)]
+                    some = [
+                        r for r in rows if (r["kind"], r["n"], r["set"], r["recipe"]) == (kind, count, place, recipe)
+                    ]
                     cells = []
                     for key in ("nll", "ece", "accuracy"):
                         values = [r[key] for r in some]
                         sd = statistics.stdev(values) if len(values) > 1 else float("nan")
                         cells.append(f"{key} {statistics.mean(values):.3f} ± {sd:.3f}")
                     precision = statistics.median(r["precision"] for r in some)
-                    print(f"{kind:6} n={count:<5} {place:3} {recipe:9} {'  '.join(cells)}  precision {precision:.3g}", flush=True)
+                    print(
+                        f"{kind:6} n={count:<5} {place:3} {recipe:9} {'  '.join(cells)}  precision {precision:.3g}",
+                        flush=True,
+                    )
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1))
 

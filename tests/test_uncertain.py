@@ -90,7 +90,7 @@ def test_the_mixture_averages_posteriors_and_its_log_z_is_zero(b):
 
 
 def test_the_log_pool_averages_rewards(b):
-    world, exact = b
+    world, _ = b
     some = members()
     by_hand = posteriors(world, some).mean(0).log_softmax(0)
     assert_close(law(world, LogPool(some, BETA)), by_hand, rtol=0, atol=1e-13)
@@ -109,7 +109,7 @@ def test_the_three_are_three(b):
 
 def test_gaussian_members_give_the_average_mu_over_beta_and_half_the_variance_over_beta_squared(b):
     """Gauss-Hermite members: r = mu(x) + s(x) z with z ~ N(0, 1), so that the average is exact."""
-    world, exact = b
+    _, exact = b
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
 
     def mu(ids):
@@ -244,7 +244,7 @@ def test_another_temperature_is_what_scored_draws_say(b):
 
 
 def test_bounds_hold_and_need_the_members(b):
-    world, exact = b
+    _, exact = b
     for name, evidence in all_of(members(bounds=(-1.6, 1.6)), exact).items():
         low, high = evidence.log_bounds
         log = evidence.log_likelihood(exact.scored.draws).log
@@ -312,7 +312,7 @@ def test_what_cannot_be_used_is_said():
 
 
 def test_a_completion_that_one_member_cannot_judge_is_dropped(b):
-    world, exact = b
+    _, exact = b
 
     def shy(completion_ids):
         return [math.nan if len(ids) == 2 else 0.5 for ids in completion_ids]

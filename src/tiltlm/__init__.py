@@ -74,8 +74,9 @@ if TYPE_CHECKING:
     from tiltlm.inference.training.values.soft_value_regression import SoftValueRegression
     from tiltlm.lm.adapters import LoRA
     from tiltlm.lm.given import demonstrations, preferences
+    from tiltlm.lm.layers import TopLayers
     from tiltlm.lm.load import LanguageModel, load
-    from tiltlm.lm.trunk import TopLayers, load_trunk
+    from tiltlm.lm.trunk import load_trunk
     from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
     from tiltlm.reward_models.calibration import Calibration, check_reward_model
     from tiltlm.reward_models.model import RewardModel
@@ -150,7 +151,7 @@ _HOME = {
     "SubTrajectoryBalance": "inference.training.paths.sub_trajectory_balance",
     "Target": "target",
     "TiltWarning": "errors",
-    "TopLayers": "lm.trunk",
+    "TopLayers": "lm.layers",
     "Training": "inference.fit",
     "TrajectoryBalance": "inference.training.paths.trajectory_balance",
     "Tuning": "reward_models.tune",

@@ -17,6 +17,21 @@ console = Console()
 stderr = Console(stderr=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        help="rows with chosen and rejected, or completion with score or label; several files are heads that share a trunk"
+    ),
+]
+Model = Annotated[str, typer.Option(help="a causal LM or an encoder: hub id, folder, or embedded name")]
+Unfreeze = Annotated[str | None, typer.Option(help="train the top layers: how many, or all", show_default=False)]
+Bootstrap = Annotated[
+    bool | None,
+    typer.Option(help="resample each member's rows; by default if only heads are learned", show_default=False),
+]
+Precision = Annotated[
+    float | None, typer.Option(help="of the heads' prior; by default the evidence chooses it", show_default=False)
+]
 
 
 class _Bars(Progress):
@@ -37,28 +52,14 @@ def _bars() -> _Bars:
     "· … --lora-r 8 --steps 300 --resume"
 )
 def train(
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="rows with chosen and rejected, or completion with score or label; several files are heads that share a trunk"
-        ),
-    ],
+    data: Data,
     out: Annotated[Path, typer.Option(help="folder of the reward model")] = Path("runs/reward-model"),
-    model: Annotated[
-        str, typer.Option(help="a causal LM or an encoder: hub id, folder, or embedded name")
-    ] = "all-minilm-l6-v2",
+    model: Model = "all-minilm-l6-v2",
     lora_r: Annotated[int, typer.Option(help="rank of an adapter to train; 0 learns heads only", min=0)] = 0,
-    unfreeze: Annotated[
-        str | None, typer.Option(help="train the top layers: how many, or all", show_default=False)
-    ] = None,
+    unfreeze: Unfreeze = None,
     members: Annotated[int, typer.Option(help="of an ensemble; 1 has a Laplace posterior alone", min=1)] = 1,
-    bootstrap: Annotated[
-        bool | None,
-        typer.Option(help="resample each member's rows; by default if only heads are learned", show_default=False),
-    ] = None,
-    precision: Annotated[
-        float | None, typer.Option(help="of the heads' prior; by default the evidence chooses it", show_default=False)
-    ] = None,
+    bootstrap: Bootstrap = None,
+    precision: Precision = None,
     label_smoothing: Annotated[float, typer.Option(help="share of labels that are wrong")] = 0.0,
     steps: Annotated[int, typer.Option(help="of training the trunk", min=1)] = 200,
     batch: Annotated[int, typer.Option(help="rows in a step", min=1)] = 16,
@@ -79,23 +80,10 @@ def train(
     if json_file is not None:
         require_writable_file(json_file)
     quieten()
-    settings = {
-        "lora_r": lora_r,
-        "unfreeze": unfreeze,
-        "members": members,
-        "bootstrap": bootstrap,
-        "precision": precision,
-        "label_smoothing": label_smoothing,
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "max_tokens": max_tokens,
-        "pooling": pooling,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "resume": resume,
-    }
+    learning = {"members": members, "bootstrap": bootstrap, "precision": precision, "seed": seed, "resume": resume}
+    trunk = {"lora_r": lora_r, "unfreeze": unfreeze, "max_tokens": max_tokens, "pooling": pooling}
+    steps_of = {"steps": steps, "batch": batch, "lr": lr, "label_smoothing": label_smoothing}
+    settings = {**learning, **trunk, **steps_of, "dtype": dtype, "device": device}
     with _bars() as bars:
         found = train_from_files(data, out, model, settings, bars.bar)
     heads = {

@@ -32,6 +32,7 @@ from transformers import (
 
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
+from tiltlm.lm.layers import TopLayers, layers_of, top_parameters
 from tiltlm.lm.load import model_device, model_dtype, model_source
 from tiltlm.records import Text
 
@@ -45,23 +46,6 @@ Answer = tuple[Text, str]
 """A prompt and what was answered."""
 RECENT = 4096
 """Texts whose features a trunk remembers."""
-
-
-@dataclass(frozen=True)
-class TopLayers:
-    """Train the last layers of the model, and what comes after them; everything below stays frozen.
-
-    Attributes:
-        count: how many layers; None trains all of the model, its embeddings too.
-    """
-
-    count: int | None = 1
-
-    def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise InputError(
-                f"count is {self.count}; unfreeze at least 1 layer, or give no adaptation to train a head only"
-            )
 
 
 Adaptation = LoRA | TopLayers | None
@@ -97,7 +81,7 @@ class _Base:
             self.switch.activate(adapter)
             self.live = dict(self.switch.parameters(adapter))
         else:
-            self.live = _top_parameters(self.model, adaptation.count)
+            self.live = top_parameters(self.model, adaptation.count)
             for weight in self.live.values():
                 weight.requires_grad_(True)
         self.adaptation = adaptation
@@ -152,7 +136,7 @@ class Trunk:
     @property
     def layers(self) -> int:
         """How many layers there are to unfreeze."""
-        return len(_layers(self.base.model))
+        return len(layers_of(self.base.model))
 
     def settings(self) -> dict[str, Any]:
         """What `load_trunk` needs to make the base again, and to know that it is the same."""
@@ -368,38 +352,6 @@ def _opening(tokenizer: Any) -> int:
     """How many tokens the tokenizer puts before every text."""
     bare, marked = (list(tokenizer("a", add_special_tokens=mark)["input_ids"]) for mark in (False, True))
     return next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of layers: the module list that is as long as the configuration says."""
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise InputError(
-        f"{type(model).__name__} has no list of {depth} layers, so that its top ones cannot be told; use LoRA"
-    )
-
-
-def _top_parameters(model: PreTrainedModel, count: int | None) -> dict[str, nn.Parameter]:
-    """The last `count` layers' weights, and those of whatever is registered after the stack (a final norm)."""
-    named = dict(model.named_parameters())
-    if count is None:
-        return named
-    layers = _layers(model)
-    if count > len(layers):
-        raise InputError(
-            f"count is {count}, and the model has {len(layers)} layers; give at most that, or None for everything"
-        )
-    inside = {id(p) for p in layers.parameters()}
-    top = {id(p) for layer in layers[len(layers) - count :] for p in layer.parameters()}
-    chosen: dict[str, nn.Parameter] = {}
-    passed = False
-    for name, value in named.items():
-        passed = passed or id(value) in inside
-        if id(value) in top or (passed and id(value) not in inside):
-            chosen[name] = value
-    return chosen
 
 
 __all__ = ["Adaptation", "Answer", "Pooling", "TopLayers", "Trunk", "load_trunk"]

@@ -16,7 +16,6 @@ from tiltlm.records import Estimate
 from tiltlm.reward_models.data import Task, task_of
 from tiltlm.reward_models.model import Head, RewardModel
 from tiltlm.reward_models.posterior import Ensemble, LinearPosterior, SoftmaxPosterior
-from tiltlm.reward_models.tune import head_design
 from tiltlm.seeds import generator
 
 BINS = 15
@@ -76,6 +75,7 @@ def calibration(
     *,
     name: str = "",
     seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Calibration:
     """From probabilities that were predicted.
 
@@ -83,18 +83,23 @@ def calibration(
         outcome: probability that was given to what was the case.
         confidence: probability of the most probable outcome.
         right: 1 where that was the case, 0 where not, 1/2 for a tie.
-        seed: of the bootstrap.
+        seed: of the bootstrap that gives the calibration error's own error.
+        resamples: of it; with fewer than 2 that error is NaN.
     """
     count = len(outcome)
     if not count:
         raise InputError("there are no rows to check against; give at least one")
     loss = -outcome.double().clamp(min=1e-300).log()
     rng = generator(seed, "calibration")
-    again = [torch.randint(count, (count,), generator=rng) for _ in range(RESAMPLES)]
+    again = [torch.randint(count, (count,), generator=rng) for _ in range(resamples)]
     errors = torch.tensor([_ece(_bins(confidence[rows], right[rows])) for rows in again], dtype=torch.float64)
     bins = _bins(confidence, right)
     return Calibration(
-        _mean(loss), _mean(right.double()), Estimate(_ece(bins), float(errors.std(correction=0)), count), bins, name
+        _mean(loss),
+        _mean(right.double()),
+        Estimate(_ece(bins), float(errors.std()) if resamples > 1 else math.nan, count),
+        bins,
+        name,
     )
 
 

@@ -25,6 +25,7 @@ from tiltlm.reward_models.posterior import LinearPosterior, SoftmaxPosterior, la
 from tiltlm.reward_models.tune import Tuning, head_design, scaling_of, tune
 from tiltlm.seeds import generator
 
+Belief = LinearPosterior | SoftmaxPosterior
 CHUNK = 256
 """Answers whose features are written together; a crash loses at most so many."""
 
@@ -72,38 +73,19 @@ def train_reward_model(
         InputError: for rows, settings or a folder that cannot be used.
     """
     tasks = _tasks(data)
-    if members < 1:
-        raise InputError(f"members is {members}; train at least 1")
-    bootstrap = members > 1 and adaptation is None if bootstrap is None else bootstrap
-    if members > 1 and adaptation is None and not bootstrap:
-        raise InputError(
-            "bootstrap is off and only heads are learned, so that all members would be the same; turn it on, or adapt"
-        )
+    bootstrap = _bootstrapped(members, adaptation, bootstrap)
     trunk = model if isinstance(model, Trunk) else load_trunk(model)
     tuning = tuning or Tuning()
     place = None if folder is None else _workplace(Path(folder), resume)
     plan = _Plan(
         tasks, tuning, precision, bootstrap, seed, place, resume, progress or (lambda what, count: lambda done: None)
     )
-    base = plan.features(trunk, "base")
-    trunks, parts = [], []
-    for m in range(members):
-        own = trunk
-        if adaptation is not None:
-            own = plan.tuned(trunk.adapted(adaptation, seed + m), base, m, adaptation)
-        trunks.append(own)
-        parts.append(plan.heads(own, base if own is trunk else plan.features(own, f"member {m}"), m))
+    trunks, parts = plan.parts(trunk, adaptation, members)
     heads = {
-        name: Head(
-            task.kind,
-            tuple(some[name][0] for some in parts),
-            within,
-            task.classes,
-            max(some[name][1] for some in parts),
-        )
+        name: Head(task.kind, tuple(p[name][0] for p in parts), within, task.classes, max(p[name][1] for p in parts))
         for name, task in tasks.items()
     }
-    learned = RewardModel(tuple(trunks) if adaptation is not None else (trunk,), heads, adaptation)
+    learned = RewardModel(trunks, heads, adaptation)
     if folder is not None:
         learned.save(folder)
     return learned
@@ -122,6 +104,20 @@ class _Plan:
     resume: bool
     progress: Progress
 
+    def parts(
+        self, trunk: Trunk, adaptation: Adaptation, members: int
+    ) -> tuple[tuple[Trunk, ...], list[dict[str, tuple[Belief, float]]]]:
+        """The trunks, one a member if they are trained, and each member's heads with their noises."""
+        base = self.features(trunk, "base")
+        if adaptation is None:
+            return (trunk,), [self.heads(base, m) for m in range(members)]
+        trunks, parts = [], []
+        for m in range(members):
+            own = self.tuned(trunk.adapted(adaptation, self.seed + m), base, m, adaptation)
+            trunks.append(own)
+            parts.append(self.heads(self.features(own, f"member {m}"), m))
+        return tuple(trunks), parts
+
     def rows(self, name: str, member: int) -> Task:
         """The rows that a member sees."""
         task = self.tasks[name]
@@ -135,7 +131,7 @@ class _Plan:
 
     def tuned(self, trunk: Trunk, base: Mapping[str, Tensor], member: int, adaptation: LoRA | TopLayers) -> Trunk:
         """A member's trunk, trained."""
-        tasks = {name: self.rows(name, member) for name in self.tasks}
+        tasks = {name: _standardised(self.rows(name, member))[0] for name in self.tasks}
         starts = {name: self.head(task, base[name])[0] for name, task in tasks.items()}
         told = {
             "tuning": asdict(self.tuning),
@@ -157,9 +153,7 @@ class _Plan:
             progress=bar,
         )
 
-    def heads(
-        self, trunk: Trunk, features: Mapping[str, Tensor], member: int
-    ) -> dict[str, tuple[LinearPosterior | SoftmaxPosterior, float]]:
+    def heads(self, features: Mapping[str, Tensor], member: int) -> dict[str, tuple[Belief, float]]:
         """A member's heads and noises; a bootstrap's take the prior that all rows ask for, whose evidence counts no row twice."""
         found = {}
         for name, task in self.tasks.items():
@@ -169,9 +163,7 @@ class _Plan:
             found[name] = head, noise
         return found
 
-    def head(
-        self, task: Task, features: Tensor, precision: float | None = None
-    ) -> tuple[LinearPosterior | SoftmaxPosterior, float]:
+    def head(self, task: Task, features: Tensor, precision: float | None = None) -> tuple[Belief, float]:
         """A task's posterior on features of its answers, and the noise of its scores."""
         precision = precision or self.precision
         scaling = scaling_of(task, features)
@@ -180,14 +172,33 @@ class _Plan:
             return laplace(
                 first, task.loss(), other=second, precision=precision, bias=task.biased, scaling=scaling
             ), 0.0
-        centre, unit = float(task.target.mean()), float(task.target.std(correction=0)) or 1.0
-        target = (task.target - centre) / unit
-        noise = best_noise(scaling(first), target, precision, bias=True)
-        found = laplace(first, Gaussian(target, noise), precision=precision, bias=True, scaling=scaling)
+        task, centre, unit = _standardised(task)
+        noise = best_noise(scaling(first), task.target, precision, bias=True)
+        found = laplace(first, Gaussian(task.target, noise), precision=precision, bias=True, scaling=scaling)
         assert isinstance(found, LinearPosterior)
         weights = unit * found.weights
         weights[-1] += centre
         return replace(found, weights=weights, root=unit * found.root), noise * unit**2
+
+
+def _standardised(task: Task) -> tuple[Task, float, float]:
+    """A task whose scores have zero mean and unit variance, and what their mean and deviation were; others as they are."""
+    if task.kind != "regression":
+        return task, 0.0, 1.0
+    centre, unit = float(task.target.mean()), float(task.target.std(correction=0)) or 1.0
+    return replace(task, target=(task.target - centre) / unit), centre, unit
+
+
+def _bootstrapped(members: int, adaptation: Adaptation, asked: bool | None) -> bool:
+    """Whether members see rows drawn with replacement; without it, or trunks of their own, they would be the same."""
+    if members < 1:
+        raise InputError(f"members is {members}; train at least 1")
+    needed = members > 1 and adaptation is None
+    if needed and asked is False:
+        raise InputError(
+            "bootstrap is off and only heads are learned, so that all members would be the same; turn it on, or adapt"
+        )
+    return needed if asked is None else asked
 
 
 def _tasks(data: Any) -> dict[str, Task]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -60,7 +59,7 @@ class _Head(nn.Module):
     def __init__(self, task: Task, start: LinearPosterior | SoftmaxPosterior) -> None:
         super().__init__()
         self.task, self.scaling = task, start.scaling
-        self.loss = task.loss(noise=max(float(task.target.var(correction=0)), 1e-12))
+        self.loss = task.loss()  # scores come standardised: their noise is at most 1
         self.weights = nn.Parameter(torch.atleast_2d(start.weights).clone())
         self.precision = start.precision
 
