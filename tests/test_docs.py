@@ -22,12 +22,18 @@ def tiny_embedded_model(monkeypatch):
     """`tl.load` of the embedded model gives a random one, so that a page runs in seconds; the real one has its own test."""
     from conftest import make_model, make_tokenizer
     from tiltlm.lm.load import load
+    from tiltlm.lm.trunk import load_trunk
 
     def tiny(name):
         assert name == "smollm2-135m-instruct"
         return load(make_model("llama"), make_tokenizer())
 
+    def tiny_trunk(name):
+        assert name == "all-minilm-l6-v2"
+        return load_trunk(make_model("llama"), make_tokenizer())
+
     monkeypatch.setattr(tl, "load", tiny, raising=False)
+    monkeypatch.setattr(tl, "load_trunk", tiny_trunk, raising=False)
 
 
 def test_the_readme_example(tiny_embedded_model, capsys):
@@ -66,7 +72,7 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
     assert len(reward(completions=["a good film", "a bad film"])) == 2
 
 
-@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md"])
+@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md", "docs/reward-models.md"])
 def test_the_examples_of_a_page(tiny_embedded_model, capsys, page):
     for code in blocks(page):
         exec(compile(code, page, "exec"), {})

@@ -20,11 +20,20 @@ if TYPE_CHECKING:
     from tiltlm.diagnostics.frontier import Plan, plan
     from tiltlm.errors import InputError, TiltWarning
     from tiltlm.evidence.constraint import Constraint
+    from tiltlm.evidence.members import Members, PriorRewards, prior_rewards
     from tiltlm.evidence.moments import Moment, match_moments
     from tiltlm.evidence.power import Power
     from tiltlm.evidence.preferences import Preferences
     from tiltlm.evidence.reward import Reward
     from tiltlm.evidence.reward_law import RewardLaw, reward_law
+    from tiltlm.evidence.uncertain import (
+        EvidenceAverage,
+        LogPool,
+        LowerConfidenceBound,
+        MixtureOfPosteriors,
+        VariancePenalised,
+        WorstOfEnsemble,
+    )
     from tiltlm.evidence.win_rate import BestOfNReward, WinRate
     from tiltlm.explanation import explain
     from tiltlm.explanation.verdict import Explanation
@@ -66,14 +75,21 @@ if TYPE_CHECKING:
     from tiltlm.inference.training.values.soft_value_regression import SoftValueRegression
     from tiltlm.lm.adapters import LoRA
     from tiltlm.lm.given import demonstrations, preferences
+    from tiltlm.lm.layers import TopLayers
     from tiltlm.lm.load import LanguageModel, load
+    from tiltlm.lm.trunk import load_trunk
     from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
+    from tiltlm.reward_models.calibration import Calibration, check_reward_model
+    from tiltlm.reward_models.model import RewardModel
+    from tiltlm.reward_models.train import train_reward_model
+    from tiltlm.reward_models.tune import Tuning
     from tiltlm.target import Target
 
 _HOME = {
     "BOND": "inference.training.filtered.bond",
     "BestOfN": "inference.decoding.best_of_n",
     "BestOfNReward": "evidence.win_rate",
+    "Calibration": "reward_models.calibration",
     "Certificate": "diagnostics.certificate",
     "Comparison": "inference.compare",
     "Constraint": "evidence.constraint",
@@ -86,6 +102,7 @@ _HOME = {
     "Draws": "records",
     "EM": "inference.training.filtered.em",
     "Estimate": "records",
+    "EvidenceAverage": "evidence.uncertain",
     "Explanation": "explanation.verdict",
     "FDivergence": "inference.training.matching.f_divergence",
     "FromPrior": "inference.source",
@@ -100,7 +117,11 @@ _HOME = {
     "Lagging": "inference.lagging",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",
+    "LogPool": "evidence.uncertain",
+    "LowerConfidenceBound": "evidence.uncertain",
     "MCMC": "inference.decoding.mcmc",
+    "Members": "evidence.members",
+    "MixtureOfPosteriors": "evidence.uncertain",
     "Moment": "evidence.moments",
     "OnPolicy": "inference.source",
     "PPO": "inference.training.policy_gradients.ppo",
@@ -109,6 +130,7 @@ _HOME = {
     "Pool": "inference.source",
     "Power": "evidence.power",
     "Preferences": "evidence.preferences",
+    "PriorRewards": "evidence.members",
     "Prompts": "records",
     "QLearning": "inference.training.values.q_learning",
     "QuasiRejection": "inference.decoding.quasi_rejection",
@@ -119,6 +141,7 @@ _HOME = {
     "Replay": "inference.source",
     "Reward": "evidence.reward",
     "RewardLaw": "evidence.reward_law",
+    "RewardModel": "reward_models.model",
     "SARSA": "inference.training.values.sarsa",
     "SFT": "inference.training.filtered.sft",
     "SMC": "inference.decoding.smc",
@@ -130,24 +153,32 @@ _HOME = {
     "SubTrajectoryBalance": "inference.training.paths.sub_trajectory_balance",
     "Target": "target",
     "TiltWarning": "errors",
+    "TopLayers": "lm.layers",
     "Training": "inference.fit",
     "TrajectoryBalance": "inference.training.paths.trajectory_balance",
+    "Tuning": "reward_models.tune",
     "ValueGuided": "inference.decoding.value_guided",
     "VarGrad": "inference.training.paths.var_grad",
+    "VariancePenalised": "evidence.uncertain",
     "Weighted": "records",
     "WinRate": "evidence.win_rate",
+    "WorstOfEnsemble": "evidence.uncertain",
     "certify": "diagnostics.certificate",
+    "check_reward_model": "reward_models.calibration",
     "compare": "inference.compare",
     "demonstrations": "lm.given",
     "explain": "explanation",
     "fit": "inference.fit",
     "load": "lm.load",
+    "load_trunk": "lm.trunk",
     "log_z_bounds": "diagnostics.evidence_bounds",
     "match_moments": "evidence.moments",
     "plan": "diagnostics.frontier",
     "preferences": "lm.given",
     "prefix_evidence": "inference.decoding.smc",
+    "prior_rewards": "evidence.members",
     "reward_law": "evidence.reward_law",
+    "train_reward_model": "reward_models.train",
 }
 
 __all__ = [
@@ -166,6 +197,7 @@ __all__ = [
     "SMC",
     "BestOfN",
     "BestOfNReward",
+    "Calibration",
     "Certificate",
     "Comparison",
     "Constraint",
@@ -175,6 +207,7 @@ __all__ = [
     "Decoded",
     "Draws",
     "Estimate",
+    "EvidenceAverage",
     "Explanation",
     "FDivergence",
     "FromPrior",
@@ -187,6 +220,10 @@ __all__ = [
     "Lagging",
     "LanguageModel",
     "LoRA",
+    "LogPool",
+    "LowerConfidenceBound",
+    "Members",
+    "MixtureOfPosteriors",
     "Moment",
     "OnPolicy",
     "PathConsistency",
@@ -194,6 +231,7 @@ __all__ = [
     "Pool",
     "Power",
     "Preferences",
+    "PriorRewards",
     "Prompts",
     "QLearning",
     "QuasiRejection",
@@ -202,6 +240,7 @@ __all__ = [
     "Replay",
     "Reward",
     "RewardLaw",
+    "RewardModel",
     "Scored",
     "SoftBestOfN",
     "SoftQLearning",
@@ -210,24 +249,32 @@ __all__ = [
     "SubTrajectoryBalance",
     "Target",
     "TiltWarning",
+    "TopLayers",
     "Training",
     "TrajectoryBalance",
+    "Tuning",
     "ValueGuided",
     "VarGrad",
+    "VariancePenalised",
     "Weighted",
     "WinRate",
+    "WorstOfEnsemble",
     "certify",
+    "check_reward_model",
     "compare",
     "demonstrations",
     "explain",
     "fit",
     "load",
+    "load_trunk",
     "log_z_bounds",
     "match_moments",
     "plan",
     "preferences",
     "prefix_evidence",
+    "prior_rewards",
     "reward_law",
+    "train_reward_model",
 ]
 
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tiltlm.cli.options import pairs, recipe_command
+from tiltlm.cli.reward_models import reward_models
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     "[bold]sample[/bold] draws from the posterior without training.",
     epilog="Example: tiltlm plan recipes/film.yaml --kl-budget 0.75",
 )
+app.add_typer(reward_models, name="reward-model")
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What Typer raises for flags it does not understand; its name is private."""
 INTERRUPTED = 130

@@ -41,7 +41,7 @@ def preferences(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
     Warns:
         TiltWarning: how many completions were cut.
     """
-    written = [_comparison(row, number, prior.column) for number, row in enumerate(rows, 1)]
+    written = [comparison(row, number, prior.column) for number, row in enumerate(rows, 1)]
     return _scored(prior, written, torch.arange(2 * len(written)).view(-1, 2))
 
 
@@ -65,8 +65,8 @@ def demonstrations(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A row: a prompt, texts or messages that continue it, and the row's further columns."""
+class Written:
+    """A row: its number from 1, a prompt, texts or messages that continue it, and the row's further columns."""
 
     number: int
     prompt: Any
@@ -74,36 +74,42 @@ class _Written:
     columns: Mapping[str, Any]
 
 
-def _comparison(row: Mapping[str, Any], number: int, column: str) -> _Written:
-    chosen, rejected = _field(row, "chosen", number), _field(row, "rejected", number)
+def comparison(row: Mapping[str, Any], number: int, column: str) -> Written:
+    """A row with `chosen` and `rejected`; the prompt is their column, or what the two conversations share.
+
+    Raises:
+        InputError: if a column is missing.
+    """
+    chosen, rejected = field_of(row, "chosen", number), field_of(row, "rejected", number)
     rest = {name: value for name, value in row.items() if name not in (column, "chosen", "rejected")}
-    shared = 0 if _is_conversation(row.get(column)) else _shared(chosen, rejected)
+    shared = 0 if is_conversation(row.get(column)) else _shared(chosen, rejected)
     if shared:
-        return _Written(number, list(chosen[:shared]), (chosen[shared:], rejected[shared:]), rest)
-    return _Written(number, _field(row, column, number), (chosen, rejected), rest)
+        return Written(number, list(chosen[:shared]), (chosen[shared:], rejected[shared:]), rest)
+    return Written(number, field_of(row, column, number), (chosen, rejected), rest)
 
 
 def _shared(chosen: Any, rejected: Any) -> int:
     """How many messages two conversations begin with in common, their last ones apart; 0 for texts."""
-    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+    if not (is_conversation(chosen) and is_conversation(rejected)):
         return 0
     both = zip(chosen[:-1], rejected[:-1], strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
-def _demonstration(row: Mapping[str, Any], number: int, column: str) -> _Written:
+def _demonstration(row: Mapping[str, Any], number: int, column: str) -> Written:
     if "messages" in row and "completion" not in row:
         messages = row["messages"]
-        if not _is_conversation(messages) or len(messages) < 2:
+        if not is_conversation(messages) or len(messages) < 2:
             raise InputError(f"row {number} has messages {messages!r:.60}; give at least a user's and the assistant's")
         rest = {name: value for name, value in row.items() if name not in (column, "messages")}
-        return _Written(number, list(messages[:-1]), (messages[-1:],), rest)
-    completion = _field(row, "completion", number)
+        return Written(number, list(messages[:-1]), (messages[-1:],), rest)
+    completion = field_of(row, "completion", number)
     rest = {name: value for name, value in row.items() if name not in (column, "completion")}
-    return _Written(number, _field(row, column, number), (completion,), rest)
+    return Written(number, field_of(row, column, number), (completion,), rest)
 
 
-def _field(row: Mapping[str, Any], name: str, number: int) -> Any:
+def field_of(row: Mapping[str, Any], name: str, number: int) -> Any:
+    """A row's column, which has to be there."""
     if row.get(name) is None:
         raise InputError(
             f"row {number} has no {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}: preferences need "
@@ -112,11 +118,12 @@ def _field(row: Mapping[str, Any], name: str, number: int) -> Any:
     return row[name]
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages."""
     return isinstance(value, Sequence) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
-def _scored(prior: View, written: Sequence[_Written], pairs: Int[Tensor, "M 2"] | None) -> Scored:
+def _scored(prior: View, written: Sequence[Written], pairs: Int[Tensor, "M 2"] | None) -> Scored:
     if not written:
         raise InputError("there are no rows: the list is empty; give at least one")
     prompts, places = _prompts(prior, written)
@@ -144,13 +151,13 @@ def _scored(prior: View, written: Sequence[_Written], pairs: Int[Tensor, "M 2"] 
     return Scored(draws, log_prior=draws.log_q, log_evidence=unknown, pairs=pairs)
 
 
-def _prompts(prior: View, written: Sequence[_Written]) -> tuple[Prompts, list[int]]:
+def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int]]:
     """Every prompt once, and the place of each row's.
 
     A column goes with the prompts if all rows of a prompt agree on it; one on which they differ is about the completions.
     """
     keys = [_key(row.prompt) for row in written]
-    first: dict[str, _Written] = {}
+    first: dict[str, Written] = {}
     for key, row in zip(keys, written, strict=True):
         first.setdefault(key, row)
     shared = [
@@ -177,7 +184,7 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
         raise InputError(
             f"stop is {prior.law.stop}, but given completions end with an end token; take a prior without stop strings"
         )
-    answer = _answer(completion, number)
+    answer = answer_of(completion, number)
     text = answer if isinstance(prompt, str) else _turn(prior, prompt, answer, number)
     ids = tokens_of(text, tokenizer)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
@@ -193,11 +200,11 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
     return ids
 
 
-def _answer(completion: Any, number: int) -> str:
+def answer_of(completion: Any, number: int) -> str:
     """The text of a completion, which may be a list with the assistant's message."""
     if isinstance(completion, str):
         return completion
-    if _is_conversation(completion) and len(completion) == 1 and completion[0]["role"] == "assistant":
+    if is_conversation(completion) and len(completion) == 1 and completion[0]["role"] == "assistant":
         return str(completion[0]["content"])
     raise InputError(
         f"row {number} has completion {completion!r:.80}; a completion is a text, or a list with one message of the assistant"

@@ -98,7 +98,7 @@ def load(
     Raises:
         InputError: if there is nothing to load under that name.
     """
-    where = _device(device)
+    where = model_device(device)
     if isinstance(model, (PreTrainedModel, PeftModel)):
         if (dtype, device) != ("auto", "auto"):
             raise InputError(
@@ -116,9 +116,9 @@ def load(
             )
         lm = load(base, tokenizer, dtype=dtype, device=device)
         return replace(lm, adapter=lm.body.adapters.load(path))
-    source = _resolve(str(model))
+    source = model_source(str(model))
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype, where))
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=model_dtype(dtype, where))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
@@ -159,7 +159,8 @@ def _name_of(model: PreTrainedModel | PeftModel) -> str:
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-def _device(name: str) -> torch.device:
+def model_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first accelerator there is."""
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
@@ -172,7 +173,8 @@ def _device(name: str) -> torch.device:
     return accelerator
 
 
-def _dtype(name: str, device: torch.device) -> str | torch.dtype:
+def model_dtype(name: str, device: torch.device) -> str | torch.dtype:
+    """What transformers takes as a dtype; "auto" is the stored one, and float32 where bfloat16 would be emulated."""
     if name != "auto":
         if name not in DTYPES:
             raise InputError(f"dtype is {name!r}; use auto, {', '.join(DTYPES)}")
@@ -182,7 +184,7 @@ def _dtype(name: str, device: torch.device) -> str | torch.dtype:
     return "auto"
 
 
-def _resolve(name: str) -> str:
+def model_source(name: str) -> str:
     """A folder or hub id that transformers loads; embedded models and GGUF files are converted once."""
     if name.lower() in EMBEDDED:
         module, file, requirement = EMBEDDED[name.lower()]

@@ -70,6 +70,18 @@ def read_completions(source: str) -> Sequence[Any]:
     return list(rows)
 
 
+def read_rows(source: str) -> Sequence[Any]:
+    """All rows of a table.
+
+    Raises:
+        InputError: if the file is missing, empty or of an unknown kind.
+    """
+    path = Path(source)
+    if not path.is_file() or path.suffix not in LOADERS:
+        raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
+    return list(_table(path))
+
+
 def _table(path: Path) -> Any:
     import datasets
 
@@ -89,7 +101,7 @@ def _table(path: Path) -> Any:
 
 
 def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
-    """A reward function named as file.py:function or package.module:function.
+    """A reward function named as file.py:function or package.module:function, or the folder of a learned one.
 
     Returns:
         The function, and a hash of the code behind it (for knowing whether saved draws are still its).
@@ -97,9 +109,11 @@ def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
     Raises:
         InputError: if there is no such file, module or function, or its code fails on import.
     """
+    if (Path(source) / "reward_model.json").is_file():
+        return _learned(Path(source))
     place, colon, name = source.rpartition(":")
     if not colon:
-        raise InputError(f"reward is {source!r}; write it as file.py:function")
+        raise InputError(f"reward is {source!r}; write it as file.py:function, or give the folder of a reward model")
     if place.endswith(".py"):
         module, code = _from_file(Path(place))
     else:
@@ -117,6 +131,13 @@ def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
         found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(f"reward {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
     return cast("Callable[..., Sequence[float]]", function), hashlib.sha256(code).hexdigest()[:16]
+
+
+def _learned(folder: Path) -> tuple[Callable[..., Sequence[float]], str]:
+    from tiltlm.reward_models.model import RewardModel
+
+    code = (folder / "reward_model.json").read_bytes() + (folder / "reward_model.safetensors").read_bytes()
+    return RewardModel.load(folder), hashlib.sha256(code).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> tuple[Any, bytes]:
