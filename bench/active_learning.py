@@ -115,7 +115,9 @@ class Task:
 
     def oracle(self, session: Session, noise: float, seed: int) -> Oracle:
         rewards = dict(zip(self.candidates.completions, self.positive.double().tolist(), strict=True))
-        return Oracle(session, lambda completions: [rewards[text] for text in completions], temperature=noise, seed=seed)
+        return Oracle(
+            session, lambda completions: [rewards[text] for text in completions], temperature=noise, seed=seed
+        )
 
     def head(self, comparisons: Tensor) -> Head:
         return Head.best(self.features[comparisons[:, 0]] - self.features[comparisons[:, 1]])
@@ -169,8 +171,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--members", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--components", type=int, default=0, help="principal components of the features; 0 keeps them all")
-    parser.add_argument("--noise", type=float, default=0.0, help="temperature of the answers, in units of good minus bad")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--components", type=int, default=48, help="principal components of the features; 0 keeps them all"
+    )
+    parser.add_argument(
+        "--noise", type=float, default=0.0, help="temperature of the answers, in units of good minus bad"
+    )
     parser.add_argument("--share", type=float, default=0.95, help="of the full data's accuracy")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "tiltlm-films")
     parser.add_argument("--out", type=Path, default=Path("bench/results/active_learning.json"))
@@ -181,7 +188,7 @@ def main() -> None:
     features, begin = principal(features.double(), settings.components), time.perf_counter()
     curves: dict[str, list[list[float]]] = {rule: [] for rule in COLOURS}
     full = []
-    for seed in range(settings.seeds):
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         task = Task.make(features, labels, seed)
         full.append(full_accuracy(task, settings.noise, seed))
         for rule, found in curves.items():
@@ -193,7 +200,9 @@ def main() -> None:
         for rule, found in curves.items()
     }
     result = {
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(settings).items() if name != "cache"},
+        "settings": {
+            name: str(v) if isinstance(v, Path) else v for name, v in vars(settings).items() if name != "cache"
+        },
         "full_accuracy": full,
         "labels_needed": labels_needed,
         "accuracy": curves,
@@ -208,7 +217,9 @@ def main() -> None:
         reached = [value for value in found if value is not None]
         mean = f"{statistics.mean(reached):.0f}" if len(reached) == len(found) else "not always"
         last = [one[-1] for one in curves[rule]]
-        print(f"{rule:16} {mean:>10} labels {found}, at the end {statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}")
+        print(
+            f"{rule:16} {mean:>10} labels {found}, at the end {statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}"
+        )
 
 
 def figure(curves: dict[str, list[list[float]]], goals: list[float], batch: int) -> go.Figure:
@@ -223,7 +234,9 @@ def figure(curves: dict[str, list[list[float]]], goals: list[float], batch: int)
         picture.add_trace(go.Scatter(**outline, fillcolor=COLOURS[rule], hoverinfo="skip", showlegend=False))
         picture.add_trace(go.Scatter(x=x, y=mean.tolist(), name=rule, line={"color": COLOURS[rule]}))
     picture.add_hline(statistics.mean(goals), line_dash="dot", annotation_text="goal")
-    picture.update_layout(template="plotly_white", xaxis_title="labels", yaxis_title="held-out pairs in the right order")
+    picture.update_layout(
+        template="plotly_white", xaxis_title="labels", yaxis_title="held-out pairs in the right order"
+    )
     return picture
 
 

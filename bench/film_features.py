@@ -58,7 +58,9 @@ def _embed(texts: list[str], tokens: int, rows: int = 32) -> Tensor:
     found = torch.empty(len(texts), model.config.hidden_size)
     for start in range(0, len(order), rows):
         index = order[start : start + rows]
-        batch = tokenizer([texts[i] for i in index], padding=True, truncation=True, max_length=tokens, return_tensors="pt")
+        batch = tokenizer(
+            [texts[i] for i in index], padding=True, truncation=True, max_length=tokens, return_tensors="pt"
+        )
         with torch.inference_mode():
             states = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -283,7 +282,11 @@ class TestSession:
         for question, answer in zip(asked, ["first", "2", "=", "s", "1", "second"], strict=True):
             session.answer(question, answer)
         rows = session.rows()
-        wanted = [(asked[0].first, asked[0].second), (asked[1].second, asked[1].first), (asked[4].first, asked[4].second)]
+        wanted = [
+            (asked[0].first, asked[0].second),
+            (asked[1].second, asked[1].first),
+            (asked[4].first, asked[4].second),
+        ]
         wanted.append((asked[5].second, asked[5].first))
         assert [(row["chosen"], row["rejected"]) for row in rows] == wanted
         assert all(row["prompt"][-1] == row["chosen"][5] == row["rejected"][5] for row in rows)
@@ -361,7 +364,9 @@ class TestSession:
         session.ask(1, RandomPairs())
         with pytest.raises(InputError, match="holds a session already"):
             Session.create(tmp_path / "s", world())
-        with pytest.raises(InputError, match="answer to question 0 is 'third'; use first, second, tie, skip or 1 2 = s"):
+        with pytest.raises(
+            InputError, match="answer to question 0 is 'third'; use first, second, tie, skip or 1 2 = s"
+        ):
             session.answer(0, "third")
         with pytest.raises(InputError, match="question 5 was never asked; this session has 1"):
             session.answer(5, "first")
@@ -458,7 +463,9 @@ for question in active_learning(session, None, by=RandomPairs(), questions=3800,
             return members[(members[:, comparisons[:, 0]] > members[:, comparisons[:, 1]]).all(-1)]
 
         session = Session.create(tmp_path / "s", candidates)
-        oracle = Oracle(session, lambda completions: [0.0 if t == "00" else 20.0 if int(t) > 11 else -20.0 for t in completions])
+        oracle = Oracle(
+            session, lambda completions: [0.0 if t == "00" else 20.0 if int(t) > 11 else -20.0 for t in completions]
+        )
         for question in active_learning(session, exact, by=BALD(), questions=5, batch=1):
             session.answer(question, oracle(question))
         assert len(exact(candidates, session.comparisons, None)) == 1
@@ -497,7 +504,9 @@ class TestAnswerFile:
 
     def test_all_or_none(self, session, tmp_path):
         file = tmp_path / "a.jsonl"
-        file.write_text('{"question": 0, "answer": "1"}\n\n{"question": 1, "answer": null}\n{"question": 9, "answer": "="}\n')
+        file.write_text(
+            '{"question": 0, "answer": "1"}\n\n{"question": 1, "answer": null}\n{"question": 9, "answer": "="}\n'
+        )
         with pytest.raises(InputError, match="question 9 was never asked"):
             AnswerFile(file).into(session)
         assert not session.answers
@@ -513,7 +522,10 @@ class TestAnswerFile:
             ("[1]", "line 1 is"),
             ('{"answer": "first"}', "line 1 is"),
             ('{"question": "0", "answer": "first"}', "line 1 has question '0'; give its number"),
-            ('{"question": 0, "answer": "first"}\n{"question": 0, "answer": "first"}', "line 2 answers question 0 again"),
+            (
+                '{"question": 0, "answer": "first"}\n{"question": 0, "answer": "first"}',
+                "line 2 answers question 0 again",
+            ),
             ('{"question": 0, "answer": "best"}', "answer to question 0 is 'best'"),
         ],
     )
@@ -550,3 +562,103 @@ class TestTerminal:
         session.ask(3, RandomPairs())
         with open(os.devnull, "w") as null:  # noqa: PTH123
             assert answer_at_terminal(session, Console(file=null), lambda: "") == 0
+
+
+MEMBERS = """
+def members(prompts, completions, answers):
+    liked = {row["chosen"] for row in answers}
+    return [[float(len(text)), float(-len(text)), float(text in liked)] for text in completions]
+
+
+def single(completions):
+    return [float(len(text)) for text in completions]
+
+
+def few(completions):
+    return [[1.0, 2.0]]
+
+
+def ragged(completions):
+    return [[1.0] * (place % 2 + 1) for place, _ in enumerate(completions)]
+
+
+def odd(completions, weather):
+    return []
+
+
+def raises(completions):
+    raise RuntimeError("no weights")
+"""
+
+
+class TestCommands:
+    @pytest.fixture
+    def desk(self, here, models):
+        (here / "m.py").write_text(MEMBERS)
+        write(here / "recipe.yaml", {"model": str(models / "chat"), "prompts": "prompts.txt", "max_new_tokens": 5})
+        return here
+
+    def test_from_the_prior_to_rows_that_can_be_trained_on(self, cli, desk, monkeypatch):
+        done = cli("labels", "ask", "recipe.yaml", "--session", "desk", "--n", 4, "--draws", 3)
+        assert done.code == 0, done
+        assert done.out.count("question ") == 4
+        monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("1\n2\n=\nq\n"))
+        done = cli("labels", "answer", "desk", "--terminal")
+        assert "3 new answers, 1 questions open, 2 preferences: desk/preferences.jsonl" in done.out
+        done = cli("labels", "ask", "--model", "no", "--prompts", "no.txt", "--session", "desk", "--n", 2, "--by", "bald", "--members", "m.py:members", "--write", "q.jsonl")  # fmt: skip  # noqa: E501
+        assert done.out == "3 open questions: q.jsonl\n"  # a session that is there needs no model
+        rows = [json.loads(line) for line in (desk / "q.jsonl").read_text().splitlines()]
+        assert [row["question"] for row in rows] == [3, 4, 5]
+        (desk / "a.jsonl").write_text("".join(json.dumps({**row, "answer": "first"}) + "\n" for row in rows))
+        assert cli("labels", "answer", "desk", "a.jsonl").out.startswith("3 new answers, 0 questions open, 5 pref")
+        status = cli("labels", "status", "desk", "--json", "status.json")
+        assert "asked: 4 by random, 2 by bald" in status.out
+        assert json.loads((desk / "status.json").read_text())["tie"] == 1
+        train = ["--data", "desk/preferences.jsonl", "--engine", "dpo", "--beta", 0.1, "--steps", 1, "--batch", 2]
+        assert cli("train", "recipe.yaml", *train, "--lora-r", 2, "--out", "run").code == 0
+
+    def test_a_recipe_without_a_reward_is_enough_here_and_only_here(self, cli, refused, desk):
+        assert "reward is missing" in refused("plan", "recipe.yaml")
+        assert cli("labels", "ask", "recipe.yaml", "--session", "desk", "--n", 1).code == 0
+
+    def test_given_candidates(self, cli, desk):
+        rows = [{"prompt": "p", "completions": ["a", "b"]}, {"prompt": "q", "completions": ["c", "d", "e"]}]
+        (desk / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = cli("labels", "ask", "recipe.yaml", "--session", "desk", "--candidates", "c.jsonl", "--n", 9)
+        assert done.out.count("question ") == 4
+        assert "4 pairs were left to ask about" in done.err
+
+    def test_from_a_trained_policy(self, cli, desk, models):
+        lm = load(str(models / "chat"))
+        policy = lm.prior(max_new_tokens=5).policy()
+        policy.save(desk / "policy")
+        assert cli("labels", "ask", "recipe.yaml", "--session", "desk", "--policy", "policy", "--n", 2).code == 0
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--by", "best"], "by is 'best'; use one of bald, double-thompson, margin, random"),
+            (["--by", "bald"], "by is 'bald', which looks at a reward; give --members"),
+            (
+                ["--by", "bald", "--members", "m.py:single"],
+                "compares at least 2 members of the reward's posterior, and there are 1",
+            ),
+            (["--by", "bald", "--members", "m.py:few"], r"m.py:few' returned the shape (1, 2) for"),
+            (["--by", "bald", "--members", "m.py:ragged"], "m.py:ragged' returned [[1.0], [1.0, 1.0]"),
+            (
+                ["--by", "bald", "--members", "m.py:odd"],
+                "asks for 'weather'; it may ask for prompts, completions, answers",
+            ),
+            (["--by", "bald", "--members", "m.py:raises"], "raised RuntimeError (no weights)"),
+            (["--draws", "1"], "draws is 1; a question needs two"),
+            (["--policy", "nowhere"], "policy 'nowhere' holds no adapter"),
+            (["--candidates", "prompts.txt"], "candidates 'prompts.txt' is no table"),
+        ],
+    )
+    def test_refusals(self, refused, desk, flags, message):
+        assert message in refused("labels", "ask", "recipe.yaml", "--session", "desk", *flags)
+
+    def test_answer_refusals(self, refused, desk):
+        assert "nothing holds no session" in refused("labels", "answer", "nothing", "--terminal")
+        assert "give a file, or --terminal" in refused("labels", "answer", "desk")
+        assert "holds no session" in refused("labels", "status", "desk")

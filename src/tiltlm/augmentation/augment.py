@@ -92,7 +92,9 @@ def make_augmentation(name: str, **settings: Any) -> Augmentation:
         InputError: naming those that there are.
     """
     if name not in AUGMENTATIONS:
-        raise InputError(f"with is {name!r}; use {', '.join([*AUGMENTATIONS, 'back-translation'])}, with commas between")
+        raise InputError(
+            f"with is {name!r}; use {', '.join([*AUGMENTATIONS, 'back-translation'])}, with commas between"
+        )
     return AUGMENTATIONS[name](**settings)
 
 

@@ -116,7 +116,9 @@ class FormatCounterfactual:
     """
 
     name: ClassVar[str] = "format"
-    preserves: ClassVar[str] = "every word of chosen in its order; only Markdown and line breaks are added, so neither is better"
+    preserves: ClassVar[str] = (
+        "every word of chosen in its order; only Markdown and line breaks are added, so neither is better"
+    )
 
     def __call__(self, rows: Sequence[Row], rngs: Sequence[Generator]) -> list[list[dict[str, Any]]]:
         return [self._tie(row, number, rng) for number, (row, rng) in enumerate(zip(rows, rngs, strict=True), 1)]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Generator
 
-from tiltlm.augmentation.rows import Row, edited, editable, is_preference
+from tiltlm.augmentation.rows import Row, editable, edited, is_preference
 from tiltlm.errors import InputError
 
 Translate = Callable[[Sequence[str], Generator], Sequence[str]]
@@ -49,5 +49,7 @@ class BackTranslation:
 def _translated(translate: Translate, texts: Sequence[str], rng: Generator, which: str) -> list[str]:
     out = list(translate(texts, rng))
     if len(out) != len(texts) or not all(isinstance(text, str) for text in out):
-        raise InputError(f"the translator {which!r} returned {len(out)} items for {len(texts)} texts; return one text for each")
+        raise InputError(
+            f"the translator {which!r} returned {len(out)} items for {len(texts)} texts; return one text for each"
+        )
     return out

@@ -15,20 +15,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator
 
-from tiltlm.augmentation.rows import Row, edited, editable, is_preference
+from tiltlm.augmentation.rows import Row, editable, edited, is_preference
 from tiltlm.errors import InputError
 
 NEGATIONS = frozenset(
-    "no not never none nobody nothing neither nor nowhere cannot without hardly barely scarcely rarely seldom few little less "
-    "least lack lacks lacking fail fails failed unless except isnt arent wasnt werent dont doesnt didnt wont wouldnt cant couldnt "
-    "shouldnt hasnt havent hadnt aint".split()
+    re.findall(
+        r"\w+",
+        """
+        no not never none nobody nothing neither nor nowhere cannot without hardly
+        barely scarcely rarely seldom few little less least lack lacks lacking fail
+        fails failed unless except isnt arent wasnt werent dont doesnt didnt wont
+        wouldnt cant couldnt shouldnt hasnt havent hadnt aint
+        """,
+    )
 )
 """Words that turn round what follows; words that end in n't are negations as well."""
 
 NUMBERS = frozenset(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion half quarter third first "
-    "second once twice double".split()
+    re.findall(
+        r"\w+",
+        """
+        zero one two three four five six seven eight nine ten
+        eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty
+        forty fifty sixty seventy eighty ninety hundred thousand million billion half
+        quarter third first second once twice double
+        """,
+    )
 )
 """Numbers in words; words with a digit in them are numbers as well."""
 
@@ -120,7 +132,9 @@ class ReplaceWords(_Edit):
 
     lexicon: Mapping[str, Sequence[str]] | None = None
     name: ClassVar[str] = "replace"
-    preserves: ClassVar[str] = "the label and the number of words; negations with their clause and numbers, none are put in"
+    preserves: ClassVar[str] = (
+        "the label and the number of words; negations with their clause and numbers, none are put in"
+    )
 
     def _editor(self, rows: Sequence[Row]) -> Callable[[str, Generator], str]:
         if self.lexicon is not None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tiltlm.cli.augment import augment
+from tiltlm.cli.labels import labels
 from tiltlm.cli.options import pairs, recipe_command
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
@@ -38,6 +40,9 @@ DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/impo
 
 console = Console()
 stderr = Console(stderr=True)
+
+app.add_typer(labels, name="labels")
+app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 

@@ -66,7 +66,9 @@ class Candidates:
                 f"one a completion"
             )
         if not members.isfinite().all():
-            raise InputError("members hold rewards that are not finite; mend the reward posterior that they are draws of")
+            raise InputError(
+                "members hold rewards that are not finite; mend the reward posterior that they are draws of"
+            )
         values = members.detach().to(torch.float64)
         return values[:, self.pairs[:, 0]] - values[:, self.pairs[:, 1]]
 
@@ -115,7 +117,9 @@ class Candidates:
         """
         for number, row in enumerate(rows, 1):
             if not isinstance(row.get("prompt"), str | list | tuple) or not row["prompt"]:
-                raise InputError(f"row {number} has prompt {row.get('prompt')!r:.60}; give a text or a list of messages")
+                raise InputError(
+                    f"row {number} has prompt {row.get('prompt')!r:.60}; give a text or a list of messages"
+                )
             given = row.get("completions")
             if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
                 raise InputError(f"row {number} has completions {given!r:.60}; give a list of texts")

@@ -49,7 +49,9 @@ class Journal:
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
-            raise InputError(f"{self.file} cannot be written ({error.strerror}); make room or mend its rights") from error
+            raise InputError(
+                f"{self.file} cannot be written ({error.strerror}); make room or mend its rights"
+            ) from error
         self._size += len(line)
         self.events.append(json.loads(line))
 

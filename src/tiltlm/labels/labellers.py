@@ -52,7 +52,9 @@ class Oracle:
         gap = float(reward[i] - reward[j])
         if self.temperature:
             chance = generator(self.seed, "oracle", question.number)
-            wins = torch.rand((), generator=chance, dtype=torch.float64) < torch.sigmoid(torch.tensor(gap / self.temperature))
+            wins = torch.rand((), generator=chance, dtype=torch.float64) < torch.sigmoid(
+                torch.tensor(gap / self.temperature)
+            )
             return "first" if wins else "second"
         return "tie" if gap == 0 else "first" if gap > 0 else "second"
 
@@ -75,7 +77,9 @@ class AnswerFile:
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"answers {str(self.file)!r} cannot be read ({error}); give a file of JSON lines") from error
+            raise InputError(
+                f"answers {str(self.file)!r} cannot be read ({error}); give a file of JSON lines"
+            ) from error
         found: dict[int, str] = {}
         for number, line in enumerate(lines, 1):
             if not line.strip():

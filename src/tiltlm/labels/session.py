@@ -109,7 +109,9 @@ class Session:
             values = json.loads((folder / "session.json").read_text(encoding="utf-8"))
             candidates, seed = Candidates.from_dict(values["candidates"]), int(values["seed"])
         except OSError as error:
-            raise InputError(f"{folder} holds no session ({error.strerror}); make one with tiltlm labels ask") from error
+            raise InputError(
+                f"{folder} holds no session ({error.strerror}); make one with tiltlm labels ask"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / 'session.json'} is no session's ({error}); give another folder") from error
         return cls(folder, candidates, seed)
@@ -191,7 +193,9 @@ class Session:
             events = len(self._journal.events)
             yield waiting[0]
             if len(self._journal.events) == events:
-                raise InputError(f"question {waiting[0].number} was passed without an answer; answer it, if only by skip")
+                raise InputError(
+                    f"question {waiting[0].number} was passed without an answer; answer it, if only by skip"
+                )
 
     # --- answering ---
 
@@ -207,7 +211,9 @@ class Session:
         number = question if isinstance(question, int) else question.number
         said = self.checked(number, answer)
         if number in self._answers:
-            raise InputError(f"question {number} has the answer {self._answers[number]!r}; undo it before you change it")
+            raise InputError(
+                f"question {number} has the answer {self._answers[number]!r}; undo it before you change it"
+            )
         self._add({"event": "answered", "question": number, "answer": said})
 
     def checked(self, number: int, answer: str) -> Answer:
@@ -219,7 +225,9 @@ class Session:
         self.question(number)
         said = KEYS.get(answer, answer)
         if said not in get_args(Answer):
-            raise InputError(f"answer to question {number} is {answer!r}; use {', '.join(get_args(Answer))} or {' '.join(KEYS)}")
+            raise InputError(
+                f"answer to question {number} is {answer!r}; use {', '.join(get_args(Answer))} or {' '.join(KEYS)}"
+            )
         return cast(Answer, said)
 
     def undo(self) -> Question | None:
@@ -298,4 +306,6 @@ class Session:
                 case "undone":
                     del self._answers[event["question"]]
         except (KeyError, TypeError, InputError) as error:
-            raise InputError(f"{self.folder / 'log.jsonl'} has the event {event!r:.120}, which cannot be; take it out") from error
+            raise InputError(
+                f"{self.folder / 'log.jsonl'} has the event {event!r:.120}, which cannot be; take it out"
+            ) from error

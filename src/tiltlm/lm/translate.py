@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Generator
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, TiltWarning
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,9 @@ class Translator:
 
     def __post_init__(self) -> None:
         if not self.model.config.is_encoder_decoder:
-            raise InputError(f"{type(self.model).__name__} is no encoder–decoder; give a translation model such as Marian's")
+            raise InputError(
+                f"{type(self.model).__name__} is no encoder–decoder; give a translation model such as Marian's"
+            )
         if self.temperature is not None and not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}; it must be positive, or None for beam search")
 
@@ -49,6 +52,7 @@ class Translator:
         """A translation of each text; `rng` is for sampling, beam search does not use it."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: less padding
         found = [""] * len(texts)
+        self._warn_of_cuts(texts)
         seed = int(torch.randint(2**31, (1,), generator=rng))
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)  # generate() draws from torch's own generator; fork_rng gives it back as it was
@@ -60,11 +64,36 @@ class Translator:
                     self.progress(len(index))
         return found
 
+    @property
+    def _room(self) -> int | None:
+        """The model's positions, where it has a limited number."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _warn_of_cuts(self, texts: Sequence[str]) -> None:
+        tokenizer: Any = self.tokenizer
+        room = self._room
+        if room is None or max(map(len, texts), default=0) < room:  # a token has at least one character
+            return
+        cut = sum(
+            len(ids) > room for ids in tokenizer([self.prefix + text for text in texts], verbose=False)["input_ids"]
+        )
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(texts)} texts are longer than the {room} tokens that the translation model reads, and were cut there; "
+                f"leave them out, or split them",
+                TiltWarning,
+                stacklevel=3,
+            )
+
     def _batch(self, texts: list[str]) -> list[str]:
         tokenizer: Any = self.tokenizer
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        room = self._room
         batch = tokenizer(
-            [self.prefix + text for text in texts], padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt"
+            [self.prefix + text for text in texts],
+            padding=True,
+            truncation=room is not None,
+            max_length=room,
+            return_tensors="pt",
         ).to(self.model.device)
         law: dict[str, Any] = {"do_sample": False, "num_beams": self.beams}
         if self.temperature is not None:
@@ -75,7 +104,7 @@ class Translator:
         out = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens if room is None else min(self.max_new_tokens, room - 1),
             max_length=None,
             **law,
         )
