@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--members", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rules", default=",".join(COLOURS), help="with commas between; random has to be among them")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--components", type=int, default=48, help="principal components of the features; 0 keeps them all"
@@ -186,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)
     features, labels = films(settings.reviews, settings.cache)
     features, begin = principal(features.double(), settings.components), time.perf_counter()
-    curves: dict[str, list[list[float]]] = {rule: [] for rule in COLOURS}
+    curves: dict[str, list[list[float]]] = {rule: [] for rule in settings.rules.split(",")}
     full = []
     for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         task = Task.make(features, labels, seed)
@@ -205,6 +206,7 @@ def main() -> None:
         },
         "full_accuracy": full,
         "labels_needed": labels_needed,
+        "over_random": over_random(curves),
         "accuracy": curves,
         "seconds": time.perf_counter() - begin,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -217,9 +219,18 @@ def main() -> None:
         reached = [value for value in found if value is not None]
         mean = f"{statistics.mean(reached):.0f}" if len(reached) == len(found) else "not always"
         last = [one[-1] for one in curves[rule]]
-        print(
-            f"{rule:16} {mean:>10} labels {found}, at the end {statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}"
-        )
+        gain, error = over_random(curves)[rule]
+        print(f"{rule:16} {mean:>10} labels {found}, at the end {statistics.mean(last):.3f}, ", end="")
+        print(f"over random {gain:+.4f} ± {error:.4f}")
+
+
+def over_random(curves: dict[str, list[list[float]]]) -> dict[str, tuple[float, float]]:
+    """Accuracy over random's on the same split, averaged over the whole curve: mean over the seeds, and its standard error."""
+    found = {}
+    for rule, own in curves.items():
+        gains = [statistics.mean(a) - statistics.mean(b) for a, b in zip(own, curves["random"], strict=True)]
+        found[rule] = (statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5)
+    return found
 
 
 def figure(curves: dict[str, list[list[float]]], goals: list[float], batch: int) -> go.Figure:

@@ -557,6 +557,21 @@ class TestTerminal:
         question = session.question(2)
         assert any(question.first in line and question.second in line for line in shown.splitlines())  # side by side
 
+    @pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
+    def test_an_interrupt_quits_and_keeps_what_was_said(self, tmp_path, end):
+        session = Session.create(tmp_path / "s", world())
+        session.ask(3, RandomPairs())
+        keys = iter(["1"])
+
+        def read():
+            for key in keys:
+                return key
+            raise end
+
+        with open(os.devnull, "w") as null:  # noqa: PTH123
+            assert answer_at_terminal(session, Console(file=null), read) == 1
+        assert dict(Session.open(tmp_path / "s").answers) == {0: "first"}
+
     def test_the_end_of_the_input_quits(self, tmp_path):
         session = Session.create(tmp_path / "s", world())
         session.ask(3, RandomPairs())
@@ -662,3 +677,18 @@ class TestCommands:
         assert "nothing holds no session" in refused("labels", "answer", "nothing", "--terminal")
         assert "give a file, or --terminal" in refused("labels", "answer", "desk")
         assert "holds no session" in refused("labels", "status", "desk")
+
+
+@pytest.mark.slow
+def test_with_the_real_model(tmp_path):
+    """SmolLM2 proposes, an oracle answers, and the answers are preferences that the same model scores."""
+    prior = load("smollm2-135m-instruct").prior(max_new_tokens=12)
+    prompts = prior.encode(["The film was", "My favourite dish is"])
+    session = Session.create(tmp_path / "s", Candidates.of_draws(prior.draw(prompts, 4, rng())), seed=1)
+    oracle = Oracle(session, lambda completions: [float(len(text)) for text in completions])
+    for question in active_learning(session, None, by=RandomPairs(), questions=8, batch=4):
+        session.answer(question, oracle(question))
+    scored = preferences(prior, session.rows())
+    better, worse = (scored.pairs[:, side].tolist() for side in (0, 1))
+    assert len(better) >= 6
+    assert all(len(scored.draws.texts[i]) > len(scored.draws.texts[j]) for i, j in zip(better, worse, strict=True))

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tiltlm.cli.bars import draw_bars
+
 
 def augment(
     source: Annotated[
@@ -43,8 +45,20 @@ def augment(
     from tiltlm.workflow.files import require_writable_file
 
     require_writable_file(out)
-    settings = {"protect": protect, "there": there, "back": back, "temperature": temperature}
-    counts = augment_file(source, out, names, n=n, seed=seed, rate=rate, **settings)
+    with draw_bars(Console(stderr=True)) as bars:
+        counts = augment_file(
+            source,
+            out,
+            names,
+            n=n,
+            seed=seed,
+            rate=rate,
+            protect=protect,
+            there=there,
+            back=back,
+            temperature=temperature,
+            progress=bars.bar,
+        )
     console = Console()
     for name, count in counts.items():
         kind = BackTranslation if name == BackTranslation.name else AUGMENTATIONS[name]

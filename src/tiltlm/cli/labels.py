@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tiltlm.cli.bars import draw_bars
 from tiltlm.cli.options import recipe_command
 from tiltlm.errors import InputError
 from tiltlm.workflow.recipe import PriorRecipe, Recipe
@@ -56,7 +57,8 @@ def ask(
     if write is not None:
         require_writable_file(write)
     quieten()
-    found = session_of(session, recipe, draws=draws, policy=policy, candidates=candidates, progress=None)
+    with draw_bars(stderr) as bars:
+        found = session_of(session, recipe, draws=draws, policy=policy, candidates=candidates, progress=bars.bar)
     asked = found.ask(n, rule, members_of(members, found) if members is not None else None)
     waiting = found.open_questions
     if write is not None:
@@ -145,7 +147,4 @@ def _read_key() -> str:
     """One key from the keyboard, or one letter of what is piped in; "" at the end."""
     if not sys.stdin.isatty():
         return sys.stdin.read(1)
-    key = typer.getchar()
-    if key == "\x03":
-        raise KeyboardInterrupt
-    return key
+    return typer.getchar()

@@ -52,6 +52,8 @@ class Journal:
             raise InputError(
                 f"{self.file} cannot be written ({error.strerror}); make room or mend its rights"
             ) from error
+        if not self._size:
+            _keep_name(self.file)
         self._size += len(line)
         self.events.append(json.loads(line))
 
@@ -67,6 +69,18 @@ class Journal:
                 raise InputError(f"{self.file} line {number} is no event ({line[:60]!r}); take that line out")
             self.events.append(event)
             self._size += len(line) + 1
+
+
+def _keep_name(file: Path) -> None:
+    """Have the folder remember a new file too, where folders can be flushed."""
+    try:
+        folder = os.open(file.parent, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -26,6 +26,14 @@ def answer_at_terminal(session: Session, console: Console, read_key: Callable[[]
     """
     before = len(session.answers)
     console.print(HELP, style="dim", markup=False, highlight=False)
+    try:
+        _sit(session, console, read_key)
+    except (KeyboardInterrupt, EOFError):  # another way to quit: nothing is lost
+        console.print("")
+    return len(session.answers) - before
+
+
+def _sit(session: Session, console: Console, read_key: Callable[[], str]) -> None:
     while waiting := session.open_questions:
         _show(waiting[0], len(waiting), console)
         key = _key(read_key, console)
@@ -35,7 +43,6 @@ def answer_at_terminal(session: Session, console: Console, read_key: Callable[[]
             session.answer(waiting[0], key)
         elif session.undo() is None:
             console.print("there is no answer to take back", style="yellow")
-    return len(session.answers) - before
 
 
 def _key(read_key: Callable[[], str], console: Console) -> str:

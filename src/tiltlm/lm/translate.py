@@ -27,7 +27,7 @@ class Translator:
         rows: most texts in the model at a time.
         prefix: put before every text, as T5 wants it ("translate English to German: ").
         target_language: the code that many-language models begin a translation with.
-        progress: called with the number of texts that have just been translated.
+        progress: (what, how many) -> a function that is told how many more texts are done.
     """
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class Translator:
     rows: int = 16
     prefix: str = ""
     target_language: str | None = None
-    progress: Callable[[int], None] | None = None
+    progress: Callable[[str, int], Callable[[int], None]] | None = None
 
     def __post_init__(self) -> None:
         if not self.model.config.is_encoder_decoder:
@@ -53,6 +53,7 @@ class Translator:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # equal lengths together: less padding
         found = [""] * len(texts)
         self._warn_of_cuts(texts)
+        done = None if self.progress is None else self.progress("translations", len(texts))
         seed = int(torch.randint(2**31, (1,), generator=rng))
         with torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(seed)  # generate() draws from torch's own generator; fork_rng gives it back as it was
@@ -60,8 +61,8 @@ class Translator:
                 index = order[start : start + self.rows]
                 for i, text in zip(index, self._batch([texts[i] for i in index]), strict=True):
                     found[i] = text
-                if self.progress is not None:
-                    self.progress(len(index))
+                if done is not None:
+                    done(len(index))
         return found
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiltlm.augmentation.augment import AUGMENTATIONS, MARK, Augmentation, make_
 from tiltlm.errors import InputError
 from tiltlm.workflow.files import write_text
 from tiltlm.workflow.inputs import LOADERS, read_completions, read_prompts
+from tiltlm.workflow.run import Progress
 
 WITH_RATE = ("delete", "swap", "replace")
 
@@ -29,6 +31,7 @@ def augment_file(
     there: str | None = None,
     back: str | None = None,
     temperature: float | None = None,
+    progress: Progress | None = None,
 ) -> Mapping[str, int]:
     """Write the rows of `source` and new ones made of them.
 
@@ -57,7 +60,7 @@ def augment_file(
     made: list[Augmentation] = []
     for name in wanted:
         if name == BackTranslation.name:
-            made.append(_back_translation(there, back, temperature))
+            made.append(_back_translation(there, back, temperature, progress))
         else:
             made.append(make_augmentation(name, **({"rate": rate, "protected": words} if name in WITH_RATE else {})))
     rows = augment(_read(source, wanted), made, n=n, seed=seed)
@@ -73,11 +76,14 @@ def _read(source: Path, wanted: list[str]) -> Any:
     return read_completions(str(source))
 
 
-def _back_translation(there: str | None, back: str | None, temperature: float | None) -> BackTranslation:
+def _back_translation(
+    there: str | None, back: str | None, temperature: float | None, progress: Progress | None
+) -> BackTranslation:
     if there is None or back is None:
         raise InputError("back-translation needs two models; give --there and --back, for instance two of Marian's")
     from tiltlm.lm.load import quieten
     from tiltlm.lm.translate import load_translator
 
     quieten()
-    return BackTranslation(*(load_translator(model, temperature=temperature) for model in (there, back)))
+    models = [load_translator(model, temperature=temperature) for model in (there, back)]
+    return BackTranslation(*(replace(model, progress=progress) for model in models))

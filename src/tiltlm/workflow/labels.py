@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def session_of(
         if not (policy / "adapter_config.json").is_file():
             raise InputError(f"policy {str(policy)!r} holds no adapter; give the policy folder of a run")
         sampler = run.prior.policy(start=policy)
+    if progress is not None:
+        sampler = replace(sampler, progress=progress("completions", len(run.prompts) * draws))
     drawn = sampler.draw(run.prompts, draws, generator(recipe.seed, "labels/candidates"))
     return Session.create(folder, Candidates.of_draws(drawn), seed=recipe.seed)
 
