@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,8 +12,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tiltlm.cli.augment import augment
+from tiltlm.cli.bars import DrawBars, draw_bars
+from tiltlm.cli.labels import labels
 from tiltlm.cli.options import pairs, recipe_command
 from tiltlm.cli.reward_models import reward_models
 from tiltlm.errors import InputError, TiltWarning
@@ -40,6 +41,9 @@ DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/impo
 
 console = Console()
 stderr = Console(stderr=True)
+
+app.add_typer(labels, name="labels")
+app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 
@@ -239,20 +243,11 @@ def report(
     _write_json(json_file, {"report": str(page), **parts})
 
 
-class _DrawBars(Progress):
-    """A bar for each thing that is drawn."""
-
-    def bar(self, what: str, count: int) -> Callable[[int], None]:
-        task = self.add_task(what, total=count)
-        return lambda done: self.advance(task, done)
+def _draw_bars() -> DrawBars:
+    return draw_bars(stderr)
 
 
-def _draw_bars() -> _DrawBars:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    return _DrawBars(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-
-
-def _run(recipe: Recipe, bars: _DrawBars) -> Any:
+def _run(recipe: Recipe, bars: DrawBars) -> Any:
     from tiltlm.lm.load import quieten
     from tiltlm.workflow.run import Run
 

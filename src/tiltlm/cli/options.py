@@ -62,7 +62,7 @@ GROUPS = {
 """The panels of --help, and which fields are in them."""
 
 
-def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def recipe_command(*panels: str, kind: type[Recipe] = Recipe) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the argument RECIPE and a flag for every field of the panels; it receives the `Recipe`.
 
     Fields of other panels keep what the recipe's file says.
@@ -76,7 +76,7 @@ def recipe_command(*panels: str) -> Callable[[Callable[..., None]], Callable[...
             flags = {name: values.pop(name) for _, name in fields}
             flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
             flags |= {name: pairs(name, given) for name, given in flags.items() if _is_mapping(name) and given}
-            command(recipe=read_recipe(recipe, flags), **values)
+            command(recipe=read_recipe(recipe, flags, kind), **values)
 
         file = inspect.Parameter(
             "recipe",

@@ -119,7 +119,17 @@ class Recipe(BaseModel):
         return Path(self.out)
 
 
-def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
+class PriorRecipe(Recipe):
+    """A recipe of which only the prior and the prompts are used: whoever asks for labels has no reward yet."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> PriorRecipe:
+        if self.prompts is None:
+            raise ValueError("prompts is missing; give --prompts or write 'prompts: …' into the recipe")
+        return self
+
+
+def read_recipe(file: Path | None, flags: Mapping[str, Any], kind: type[Recipe] = Recipe) -> Recipe:
     """A recipe from a YAML file, with flags on top.
 
     Paths in the file (prompts, reward, adapters) are relative to the file if they exist there, else to the working folder.
@@ -137,7 +147,7 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any]) -> Recipe:
     try:
         if "options" in given:
             given["options"] = {**values.get("options", {}), **given["options"]}
-        return Recipe.model_validate(values | given)
+        return kind.model_validate(values | given)
     except ValidationError as error:
         raise InputError(_sentence(error, file, given)) from error
 
