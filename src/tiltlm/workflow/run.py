@@ -39,7 +39,7 @@ from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.weights import resample
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import load_reward, read_completions, read_prompts
+from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.recipe import Recipe
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -92,7 +92,14 @@ class Run:
 
     @cached_property
     def _reward(self) -> tuple[Callable[..., Sequence[float]], str] | None:
-        return None if self.recipe.reward is None else load_reward(self.recipe.reward)
+        """Checked, with a hash of its code; parts that need the recipe's model have only its name."""
+        return None if self.recipe.reward is None else reward_of(self.recipe.reward, self.recipe.model)
+
+    @cached_property
+    def _reward_function(self) -> Callable[..., Sequence[float]]:
+        """The reward with the recipe's model in the parts that need it."""
+        assert self.recipe.reward is not None
+        return reward_of(self.recipe.reward, self.lm)[0]
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
@@ -125,8 +132,8 @@ class Run:
         r = self.recipe
         if r.reward is None or self._reward is None:
             return self.prior * Preferences(beta)
-        name = r.reward.rpartition(":")[2]
-        return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
+        function, name = self._reward_function, reward_name(r.reward)
+        return self.prior * Reward(function, beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
     # --- plan ---
 
