@@ -1,10 +1,13 @@
 """Reward functions add, multiply and scale; every part is logged; bounds hold; p* moves only where it is said to."""
 
 import inspect
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import settings, write
 from test_reward import CHAT, draws
 from torch.testing import assert_close
 
@@ -52,7 +55,10 @@ class TestValues:
         assert formula(completions=["good", "bad", "", "fine"]) == expected
         found = values(formula, beta=0.5)
         assert found.log.tolist() == [2 * value for value in expected]
-        assert found.rewards["length" if "length" in found.rewards else "vowels"].tolist() in ([4, 3, 0, 4], [2, 1, 0, 2])
+        assert found.rewards["length" if "length" in found.rewards else "vowels"].tolist() in (
+            [4, 3, 0, 4],
+            [2, 1, 0, 2],
+        )
 
     def test_every_part_is_logged_in_its_own_units_and_the_whole_as_well(self):
         found = values(0.5 * LENGTH + VOWELS)
@@ -104,11 +110,10 @@ class TestValues:
         assert values(formula, draws(("good", "bad"), (CHAT,))).log.tolist() == [5, 3]
 
     def test_evidence_and_functions_do_not_mix_unseen(self):
-        prior, _ = small_language(0)
         with pytest.raises(tl.InputError, match=r"give the function its temperature first"):
             LENGTH + tl.Reward(length)
         with pytest.raises(tl.InputError, match="a reward function without a temperature"):
-            tl.Target(prior, 0.5 * LENGTH)
+            small_language().prior * (0.5 * LENGTH)
         with pytest.raises(tl.InputError, match="is no reward"):
             LENGTH + "vowels"
         with pytest.raises(tl.InputError, match="a weight is nan"):
@@ -165,19 +170,132 @@ class TestBounds:
         assert bounds_of(f) is None
 
 
+def weight(completions):
+    """Different for most texts of the tabular language."""
+    return [math.sin(3 * len(c) + 2 * sum(map(ord, c))) for c in completions]
+
+
+def law(evidence, columns=None):
+    """The exact posterior of a tabular language, and its log Z."""
+    world = small_language()
+    prompts = replace(world.prompts, columns=columns or {})
+    exact = ex.posterior(world.prior * evidence, prompts)
+    return exact.log_posterior, exact.log_z
+
+
 class TestPosterior:
-    """On a tabular language, where p* is known."""
+    """What changes p*, and what does not, by enumeration."""
 
-    def law(self, reward_of_text, beta=0.5, columns=None):
-        prior, _ = small_language(0)
-        prompts = prior.encode([{"prompt": p, **(columns or {})} for p in [0]]) if columns else None
-        return prior, prompts, reward_of_text, beta
+    WEIGHT = Function(weight, (-1.0, 1.0))
 
-    def posterior(self, formula, beta=0.5):
-        target, prompts = self.target(formula, beta)
-        exact = ex.posterior(target, prompts)
-        return exact
+    def test_weights_are_temperatures_of_their_own(self):
+        together, _ = law(tl.Reward(0.3 * self.WEIGHT + LENGTH, beta=0.5))
+        apart, _ = law(tl.Reward(self.WEIGHT, beta=0.5 / 0.3) + tl.Reward(LENGTH, beta=0.5))
+        assert ex.total_variation(together, apart) < 1e-12
 
-    def target(self, formula, beta):
-        prior, _ = small_language(0)
-        return prior * tl.Reward(formula, beta=beta), prior.encode([0])
+    def test_a_product_is_the_product_in_the_exponent(self):
+        by_hand, _ = law(
+            tl.Reward(lambda completions: [a * b for a, b in zip(weight(completions), length(completions))])
+        )
+        assert ex.total_variation(law(tl.Reward(self.WEIGHT * LENGTH))[0], by_hand) < 1e-12
+
+    @pytest.mark.parametrize("by", ["level", lambda level: [3.0 for _ in level]], ids=["column", "function"])
+    def test_an_offset_moves_log_z_and_no_probability(self, by):
+        plain, log_z = law(tl.Reward(self.WEIGHT, beta=0.5), {"level": (3.0,)})
+        moved, moved_log_z = law(tl.Reward(self.WEIGHT.offset(by), beta=0.5), {"level": (3.0,)})
+        assert ex.total_variation(plain, moved) < 1e-12
+        assert float(moved_log_z - log_z) == pytest.approx(3.0 / 0.5)
+
+    def test_an_offset_that_looks_at_completions_is_refused(self):
+        with pytest.raises(tl.InputError, match="asks for completions; an offset depends on the prompt alone"):
+            self.WEIGHT.offset(length)
+
+    def test_clipping_warns_and_does_change_p_star(self):
+        with pytest.warns(tl.TiltWarning, match="changes p\\*") as caught:
+            clipped = self.WEIGHT.clip(-0.2, 0.2)
+        assert caught[0].filename == __file__
+        assert clipped.bounds == (-0.2, 0.2)
+        assert clipped(completions=["a", "ab", "abc"]) == [min(0.2, max(-0.2, w)) for w in weight(["a", "ab", "abc"])]
+        plain, _ = law(tl.Reward(self.WEIGHT, beta=0.5))
+        assert ex.total_variation(law(tl.Reward(clipped, beta=0.5))[0], plain) > 0.05
+
+    def test_clipping_beyond_the_bounds_changes_nothing_and_is_silent(self):
+        plain, _ = law(tl.Reward(self.WEIGHT, beta=0.5))
+        assert ex.total_variation(law(tl.Reward(self.WEIGHT.clip(-2, 2), beta=0.5))[0], plain) == 0
+
+
+class TestRecipes:
+    """`reward:` as a list, through the command line."""
+
+    PARTS = """
+def brief(completions):
+    return [-float(len(c)) for c in completions]
+"""
+
+    def recipe(self, here, models, reward, **changes):
+        (here / "parts.py").write_text(self.PARTS)
+        return write(here / "listed.yaml", settings(models, reward=reward, bounds=None, **changes))
+
+    def test_plan_train_and_certify_log_every_part(self, cli, here, models):
+        reward = [
+            {"part": "fluency", "weight": 0.5},
+            {"part": "length", "unit": "characters", "most": 5, "weight": 2, "name": "long"},
+            {"function": "parts.py:brief", "weight": 0.1, "bounds": [-100, 0]},
+        ]
+        file = self.recipe(here, models, reward, steps=2)
+        planned = cli("plan", file, "--json", "plan.json")
+        assert planned.code == 0, planned.err
+        assert cli("train", file).code == 0
+        (first, _) = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
+        parts = [first[f"reward/{name}"] for name in ("fluency", "long", "brief")]
+        assert first["reward"] == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 0.1 * parts[2])
+        assert all(part < 0 for part in parts)
+        certified = cli("certify", file, "--json", "certificate.json")
+        assert certified.code == 0, certified.err
+        assert "KL(q||p*)" in certified.out
+        assert "part: fluency" not in (here / "run/policy/README.md").read_text()  # a formula there, no Python
+        assert "0.5 fluency" in (here / "run/policy/README.md").read_text()
+
+    def test_saved_draws_are_not_taken_for_another_weight(self, cli, here, models):
+        for weight in (1.0, 3.0):
+            file = self.recipe(here, models, [{"part": "length", "unit": "characters", "weight": weight}])
+            assert cli("plan", file, "--json", f"{weight}.json").code == 0
+        means = [json.loads((here / f"{w}.json").read_text())["prior_reward"]["value"] for w in (1.0, 3.0)]
+        assert means[1] == pytest.approx(3 * means[0])
+
+    @pytest.mark.parametrize(
+        ("reward", "sentence"),
+        [
+            ([], "reward is an empty list"),
+            ([{"part": "lenght"}], "part is 'lenght'; did you mean 'length'?"),
+            ([{"part": "length", "units": "words"}], "setting 'units' is none of part length's; did you mean 'unit'?"),
+            ([{"part": "pattern"}], "part pattern needs the setting 'pattern'"),
+            ([{"part": "length", "weight": "much"}], "weight of part 1 of the reward is 'much'"),
+            ([{"part": "length", "name": 3}], "setting name of part length is 3; it must be a text"),
+            ([{"part": "repetition", "n": True}], "setting n of part repetition is True; it must be a number"),
+            ([{"part": "length", "clip": [2, 1]}], "clip of part 1 of the reward is [2, 1]"),
+            ([{"weight": 1}], "part 1 of the reward is {'weight': 1}; give 'part: NAME' or 'function: file.py:f'"),
+            ([{"function": "parts.py:nothing"}], "has no function 'nothing'"),
+            ([{"function": "parts.py:brief", "unit": "x"}], "is a function and has the key 'unit'"),
+            (["sentiment"], "give file.py:function, or a list of parts"),
+            (3, "reward is 3"),
+        ],
+    )
+    def test_what_is_wrong_with_a_part_is_said_before_a_model_is_loaded(self, refused, here, models, reward, sentence):
+        file = self.recipe(here, models, reward, model="no/such-model")
+        assert sentence in refused("plan", file)
+
+    def test_the_command_lists_parts_and_shows_one(self, cli, refused):
+        listed = cli("rewards", "--json", "/dev/stdout")
+        assert listed.code == 0
+        assert "topic-similarity" in listed.out
+        assert "bounds [-1, 1]" in cli("rewards", "sentiment").out
+        assert "did you mean 'fluency'?" in refused("rewards", "fluent")
+
+    def test_smc_by_prefixes_warns_of_parts_that_say_nothing_there(self, cli, here, models):
+        file = self.recipe(here, models, [{"part": "sentiment"}, {"part": "pattern", "pattern": "a"}])
+        ended = cli("sample", file, "--engine", "smc", "--twist", "prefix", "--draws", 4)
+        assert ended.code == 0, ended.err
+        assert "pattern says little of unfinished texts" in ended.err
+        file = self.recipe(here, models, [{"part": "sentiment"}])
+        assert "unfinished" not in cli("sample", file, "--engine", "smc", "--twist", "prefix", "--draws", 4).err

@@ -123,6 +123,12 @@ class Column(Part):
         return [float(value) for value in columns[self.column]]
 
 
+def named_parts(reward: TextFunction) -> list[Part]:
+    """The named parts in a reward; functions are none."""
+    found = reward.parts() if isinstance(reward, Formula) else ()
+    return [part for part in found if isinstance(part, Part) and not isinstance(part, Function | Column)]
+
+
 def text_of(completion: Any) -> str:
     """The text of a completion: of a conversation, what its messages say, one under the other."""
     if isinstance(completion, str):

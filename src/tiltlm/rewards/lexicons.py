@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, ClassVar
 
 from tiltlm.errors import InputError
@@ -27,15 +27,13 @@ class Language(Part):
     on_prefixes: ClassVar[bool] = True
     language: str = "en"
 
-    @cached_property
-    def _place(self) -> int:
-        codes = [str(code) for code in _identifier(self.label).labels()]
+    def _require_known(self) -> None:
+        codes = [str(code) for code in _identifier(self.label).labels]
         if self.language not in codes:
             raise InputError(f"language is {self.language!r}; py3langid knows {', '.join(sorted(codes))}")
-        return codes.index(self.language)
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        _ = self._place
+        self._require_known()
         ranks = [dict(_identifier(self.label).rank(text)) for text in texts]
         return [min(1.0, max(0.0, float(rank[self.language]))) for rank in ranks]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,7 +21,8 @@ from torch import Generator
 
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
@@ -368,7 +370,19 @@ class Run:
     def _twisted(self, decoder: Any, twist: str) -> Any:
         if not _has(decoder, "twist"):
             raise InputError(f"twist is {twist!r}, but {type(decoder).__name__} has none; use --engine smc")
+        if twist == "prefix":
+            self._warn_of_prefixes()
         return replace(decoder, twist=prefix_evidence if twist == "prefix" else self.prior.critic(start=twist))
+
+    def _warn_of_prefixes(self) -> None:
+        blind = [part.label for part in named_parts(self._reward_function) if not part.on_prefixes]
+        if blind:
+            warnings.warn(
+                f"{', '.join(blind)} says little of unfinished texts, and steers SMC at random (the weights still correct for it); "
+                f"use a critic as the twist",
+                TiltWarning,
+                stacklevel=2,
+            )
 
     # --- files ---
 
