@@ -161,7 +161,7 @@ class TestTexts:
             (lambda: rewards.JSONSchema({"type": 3})(["{}"]), "is not a JSON schema"),
             (lambda: rewards.JSONSchema("nowhere.json")(["{}"]), "nowhere.json"),
             (lambda: rewards.Repetition(0), "n is 0"),
-            (lambda: rewards.Language("xx")(["a"]), "language is 'xx'; py3langid knows af"),
+            (lambda: rewards.Language("xx")(["a"]), "language is 'xx'; py3langid knows ace, af"),
             (lambda: rewards.NumericEquality(which="best"), "which is 'best'"),
             (lambda: rewards.NumericEquality()(["3"], answer=["three"]), "without a number"),
             (lambda: rewards.ExactMatch()(["3"], answer=[None]), "give at least one reference"),

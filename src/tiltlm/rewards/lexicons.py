@@ -15,12 +15,12 @@ from tiltlm.rewards.optional import require
 
 @dataclass(frozen=True)
 class Language(Part):
-    """The probability that the completion is in a language, by py3langid's naive Bayes over 97 languages.
+    """The probability that the completion is in a language, by py3langid's naive Bayes over some 140 languages.
 
-    It is sure of a sentence and unsure of a word: an empty text has 1/97 or so for every language.
+    It is sure of a sentence and unsure of a word; of an empty text it knows nothing, and all languages are alike.
 
     Attributes:
-        language: its ISO 639-1 code, such as en, de, es.
+        language: its ISO 639 code, such as en, de, es.
     """
 
     extent: ClassVar[Bounds] = (0.0, 1.0)
