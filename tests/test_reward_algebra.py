@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import settings, write
-from test_reward import CHAT, draws
 from torch.testing import assert_close
 
 import tiltlm as tl
+from conftest import settings, write
+from test_reward import CHAT, draws
 from tiltlm import rewards
 from tiltlm.evidence.composition import bounds_of
 from tiltlm.evidence.parts import Function
@@ -195,7 +195,9 @@ class TestPosterior:
 
     def test_a_product_is_the_product_in_the_exponent(self):
         by_hand, _ = law(
-            tl.Reward(lambda completions: [a * b for a, b in zip(weight(completions), length(completions))])
+            tl.Reward(
+                lambda completions: [a * b for a, b in zip(weight(completions), length(completions), strict=True)]
+            )
         )
         assert ex.total_variation(law(tl.Reward(self.WEIGHT * LENGTH))[0], by_hand) < 1e-12
 

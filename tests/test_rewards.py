@@ -12,8 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import psutil
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
-from test_reward import CHAT, draws
 from torch.testing import assert_close
 from transformers import (
     BertConfig,
@@ -26,6 +24,8 @@ from transformers import (
 )
 
 import tiltlm as tl
+from conftest import make_model, make_tokenizer
+from test_reward import CHAT, draws
 from tiltlm import rewards
 from tiltlm.rewards.answers import normalised, numbers, token_f1
 from tiltlm.rewards.catalogue import part_kinds
@@ -166,7 +166,7 @@ class TestTexts:
             (lambda: rewards.NumericEquality()(["3"], answer=["three"]), "without a number"),
             (lambda: rewards.ExactMatch()(["3"], answer=[None]), "give at least one reference"),
             (lambda: rewards.BLEU(tokenize="x")(["a"], answer=["a"]), "tokenize is 'x'"),
-            (lambda: rewards.TopicSimilarity(), "give one of them"),
+            (rewards.TopicSimilarity, "give one of them"),
             (lambda: rewards.Judge("m", scale=(3, 1)), "scale is"),
             (lambda: rewards.Judge("m", template="{{ x "), "no Jinja2 template"),
             (lambda: rewards.RunsCode(timeout=0), "must be positive"),
@@ -253,7 +253,7 @@ class TestLikelihoods:
         total = rewards.Fluency(lm, normalise=False)(SAID, prompts=prompts)
         assert_close(total, expected, rtol=1e-4, atol=1e-4)
         mean = rewards.Fluency(lm)(SAID, prompts=prompts)
-        assert_close(mean, [v / len(some) for v, some in zip(expected, ids)], rtol=1e-4, atol=1e-4)
+        assert_close(mean, [v / len(some) for v, some in zip(expected, ids, strict=True)], rtol=1e-4, atol=1e-4)
         alone = rewards.Fluency(lm, given="nothing", normalise=False)(SAID)
         assert_close(alone, [self.by_hand(lm, [0], some) for some in ids], rtol=1e-4, atol=1e-4)
         ended = rewards.Fluency(lm, normalise=False, end=True)(SAID, prompts=prompts)
