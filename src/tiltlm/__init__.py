@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tiltlm import rewards
     from tiltlm.diagnostics.certificate import Certificate, certify
     from tiltlm.diagnostics.evidence_bounds import log_z_bounds
     from tiltlm.diagnostics.frontier import Plan, plan
@@ -74,9 +75,12 @@ if TYPE_CHECKING:
     from tiltlm.inference.training.values.soft_sarsa import SoftSARSA
     from tiltlm.inference.training.values.soft_value_regression import SoftValueRegression
     from tiltlm.lm.adapters import LoRA
+    from tiltlm.lm.classifier import load_classifier
+    from tiltlm.lm.encoder import load_encoder
     from tiltlm.lm.given import demonstrations, preferences
     from tiltlm.lm.layers import TopLayers
     from tiltlm.lm.load import LanguageModel, load
+    from tiltlm.lm.masked import load_masked_lm
     from tiltlm.lm.trunk import load_trunk
     from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
     from tiltlm.reward_models.calibration import Calibration, check_reward_model
@@ -170,6 +174,9 @@ _HOME = {
     "explain": "explanation",
     "fit": "inference.fit",
     "load": "lm.load",
+    "load_classifier": "lm.classifier",
+    "load_encoder": "lm.encoder",
+    "load_masked_lm": "lm.masked",
     "load_trunk": "lm.trunk",
     "log_z_bounds": "diagnostics.evidence_bounds",
     "match_moments": "evidence.moments",
@@ -266,6 +273,9 @@ __all__ = [
     "explain",
     "fit",
     "load",
+    "load_classifier",
+    "load_encoder",
+    "load_masked_lm",
     "load_trunk",
     "log_z_bounds",
     "match_moments",
@@ -274,12 +284,15 @@ __all__ = [
     "prefix_evidence",
     "prior_rewards",
     "reward_law",
+    "rewards",
     "train_reward_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `tiltlm --help` should not wait for torch."""
+    if name == "rewards":
+        return importlib.import_module("tiltlm.rewards")
     if name not in _HOME:
         raise AttributeError(f"module 'tiltlm' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tiltlm.{_HOME[name]}"), name)

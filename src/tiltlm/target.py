@@ -25,6 +25,13 @@ class Target:
     prior: Prior
     evidence: Evidence
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.evidence, "log_likelihood"):
+            raise InputError(
+                f"evidence is {type(self.evidence).__name__}, a reward function without a temperature; write "
+                f"prior * Reward(function, beta=…)"
+            )
+
     def __mul__(self, evidence: Evidence) -> Target:
         return Target(self.prior, self.evidence + evidence)  # pyright: ignore[reportOperatorIssue]
 

@@ -202,6 +202,21 @@ def engines(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Examples: tiltlm rewards · tiltlm rewards topic-similarity")
+def rewards(
+    name: Annotated[str | None, typer.Argument(help="only this part, with its page", show_default=False)] = None,
+    json_file: Json = None,
+) -> None:
+    """List the named parts of rewards with their bounds and settings."""
+    from tiltlm.cli.rewards import page_of_part, table_of_parts
+    from tiltlm.rewards.catalogue import described
+
+    _require_writable(json_file)
+    found = table_of_parts() if name is None else page_of_part(name)
+    console.print(found, highlight=False, soft_wrap=name is not None)
+    _write_json(json_file, {"parts": described()})
+
+
 @app.command(
     epilog="Examples: tiltlm explain grpo.yaml · tiltlm explain train.sh --format openrlhf · tiltlm explain recipe.yaml"
 )

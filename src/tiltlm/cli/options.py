@@ -120,9 +120,9 @@ def pairs(name: str, given: list[str]) -> dict[str, Any]:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """What Typer understands of a field's type: no unions with None, no constraints, literals as text."""
+    """What Typer understands of a field's type: the first of a union, no constraints, literals as text."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        (annotation,) = [part for part in typing.get_args(annotation) if part is not type(None)]
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     if typing.get_origin(annotation) is Annotated:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:

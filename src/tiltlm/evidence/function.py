@@ -27,8 +27,9 @@ Fault = Callable[[Any], str | None]
 
 
 def label_of(fn: TextFunction) -> str:
-    """What a function is called where the user gave it no name."""
-    return getattr(fn, "__name__", type(fn).__name__)
+    """What a function is called where the user gave it no name: its `label` if it has one, as named parts do."""
+    label = getattr(fn, "label", None)
+    return label if isinstance(label, str) else getattr(fn, "__name__", type(fn).__name__)
 
 
 def values_of(

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from tiltlm.errors import InputError
 from tiltlm.inference import decoding, training
+from tiltlm.names import name_of
+from tiltlm.names import summary_of as summary_of_kind
 
 
 def training_engines() -> dict[str, Any]:
@@ -59,15 +60,9 @@ def make_trainer(name: str, group: int, max_new_tokens: int, options: Mapping[st
     return make_engine(engines, name, {key: value for key, value in decided.items() if key in known} | dict(options))
 
 
-def name_of(kind: type) -> str:
-    """VarGrad is var-grad, BestOfN is best-of-n, SoftSARSA is soft-sarsa, RLOO is rloo."""
-    parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", kind.__name__)
-    return "-".join(parts).lower()
-
-
 def summary_of(engine: Any) -> str:
     """The first sentence of an engine's docstring."""
-    return " ".join((type(engine).__doc__ or "").split("\n\n")[0].split())
+    return summary_of_kind(type(engine))
 
 
 def _engines(package: ModuleType, method: str) -> dict[str, Any]:

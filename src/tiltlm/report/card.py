@@ -97,6 +97,13 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 
 def _code(value: Any) -> str:
     """Inline code that no text can break out of, in a table cell."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    text = " ".join(str(_in_words(value)).split()).replace("|", "\\|")
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _in_words(value: Any) -> Any:
+    """A reward that is a list of parts, as the sum that it is."""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return value
+    return " + ".join(f"{part.get('weight', 1):g} {part.get('part') or part.get('function')}" for part in value)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import logging
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tiltlm.errors import InputError
+from tiltlm.evidence.composition import Formula, Linear
+from tiltlm.evidence.function import TextFunction
+from tiltlm.evidence.parts import Function
+from tiltlm.rewards.catalogue import make_part
+
+if TYPE_CHECKING:
+    from tiltlm.lm.load import LanguageModel
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -98,6 +107,81 @@ def _table(path: Path) -> Any:
         raise InputError(
             f"prompts {str(path)!r} cannot be read as {path.suffix[1:]} ({reason[:200]}); mend it"
         ) from error
+
+
+def reward_of(source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str) -> tuple[TextFunction, str]:
+    """A recipe's reward: a function's name, or a list of parts with their weights.
+
+    An item of the list is a named part with its settings, `{part: fluency, weight: 0.3}`, or a function, `{function: file.py:f,
+    weight: 1.0, bounds: [0, 1]}`. Either may have a `name`, an `offset` (a column) and a `clip` (two numbers).
+
+    Args:
+        lm: the language model of parts that need one and name none; its name will do to check the rest.
+
+    Returns:
+        The function or formula, and a hash of what it is made of.
+
+    Raises:
+        InputError: for a part, function or setting that is not there or is refused, naming it.
+    """
+    if isinstance(source, str):
+        return load_reward(source)
+    if not source:
+        raise InputError("reward is an empty list; give at least one part")
+    found = [_term(item, lm, number) for number, item in enumerate(source, 1)]
+    code = json.dumps([dict(item) for item in source], sort_keys=True, default=str) + "".join(
+        code for *_, code in found
+    )
+    (weight, term, _), *rest = found
+    single = not rest and weight == 1
+    whole = term if single else Linear.of(*((weight, term) for weight, term, _ in found))
+    return whole, hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def reward_name(source: str | Sequence[Mapping[str, Any]]) -> str:
+    """How a recipe's reward is called: as its function is, or as its parts say ("")."""
+    return source.rpartition(":")[2] if isinstance(source, str) else ""
+
+
+def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int) -> tuple[float, Formula, str]:
+    """The weight, the part and the code of an item of a reward's list."""
+    settings = dict(item)
+    weight, clip, offset = settings.pop("weight", 1.0), settings.pop("clip", None), settings.pop("offset", None)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+        raise InputError(f"weight of part {number} of the reward is {weight!r}; it must be a finite number")
+    code = ""
+    if "function" in settings:
+        term, code = _function_part(settings, number)
+    elif "part" in settings:
+        term = make_part(settings.pop("part"), settings, lm)
+    else:
+        raise InputError(
+            f"part {number} of the reward is {dict(item)!r:.80}; give 'part: NAME' or 'function: file.py:f'"
+        )
+    if offset is not None:
+        term = term.offset(str(offset))
+    if clip is not None:
+        term = term.clip(*_ends("clip", clip, number))
+    return float(weight), term, code
+
+
+def _function_part(settings: dict[str, Any], number: int) -> tuple[Formula, str]:
+    source, name, bounds = settings.pop("function"), settings.pop("name", ""), settings.pop("bounds", None)
+    if settings:
+        raise InputError(
+            f"part {number} of the reward is a function and has the key {next(iter(settings))!r}; it may have weight, name, bounds, "
+            f"clip, offset"
+        )
+    function, code = load_reward(str(source))
+    known = None if bounds is None else _ends("bounds", bounds, number)
+    return Function(function, known, name=str(name) or str(source).rpartition(":")[2]), code
+
+
+def _ends(key: str, value: Any, number: int) -> tuple[float, float]:
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
+    if not numbers or not value[0] < value[1]:
+        raise InputError(f"{key} of part {number} of the reward is {value!r}; give [smallest, largest]")
+    return float(value[0]), float(value[1])
 
 
 def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:

@@ -34,7 +34,10 @@ class Recipe(BaseModel):
     stop: list[str] = Field([], description="texts that end a completion")
 
     # the evidence
-    reward: str | None = Field(None, description="reward function, file.py:function or package.module:function")
+    reward: str | list[dict[str, Any]] | None = Field(
+        None,
+        description="reward function, file.py:function or package.module:function; or, in a file, a list of parts with their weights",
+    )
     beta: float | None = Field(
         None, description="temperature in reward units per nat; or choose it by kl_budget, reward_goal"
     )
@@ -165,6 +168,8 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, name: str, value: Any) -> Any:
+    if name == "reward" and isinstance(value, list):
+        return [_parts_beside(file, part) for part in value]
     if name in {"prompts", "reward", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
         path, colon, rest = value.partition(":")
         near = file.parent / path
@@ -173,11 +178,21 @@ def _beside(file: Path, name: str, value: Any) -> Any:
     return value
 
 
+def _parts_beside(file: Path, part: Any) -> Any:
+    """An item of a reward's list, the file of its function or schema found beside the recipe."""
+    if not isinstance(part, dict):
+        return part
+    near = {key: _beside(file, "reward", part[key]) for key in ("function", "schema") if key in part}
+    return {str(key): value for key, value in (part | near).items()}
+
+
 def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
     """The first fault as one sentence."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
     where = ".".join(str(part) for part in fault["loc"])
+    if fault["loc"][0] == "reward":  # one fault for each thing that it might have been
+        where = "reward"
     source = f" in {file}" if file is not None and where not in flags else ""
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, Recipe.model_fields, n=1)
@@ -188,4 +203,9 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     if fault["type"] == "value_error":
         return str(fault["msg"]).removeprefix("Value error, ").replace(" is missing;", f" is missing{source};")
     description = Recipe.model_fields[str(fault["loc"][0])].description
+    if where == "reward":
+        return (
+            f"reward is {flags.get('reward', fault['input'])!r:.80}{source}; give file.py:function, or a list of parts, each "
+            f"with 'part: NAME' or 'function: file.py:f'"
+        )
     return f"{where} is {fault['input']!r}{source}: {fault['msg'][0].lower()}{fault['msg'][1:]} ({description})"

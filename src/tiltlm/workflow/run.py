@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,7 +21,8 @@ from torch import Generator
 
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
@@ -40,7 +42,7 @@ from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.weights import resample
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import load_reward, read_completions, read_prompts
+from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.recipe import Recipe
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -93,7 +95,14 @@ class Run:
 
     @cached_property
     def _reward(self) -> tuple[Callable[..., Sequence[float]], str] | None:
-        return None if self.recipe.reward is None else load_reward(self.recipe.reward)
+        """Checked, with a hash of its code; parts that need the recipe's model have only its name."""
+        return None if self.recipe.reward is None else reward_of(self.recipe.reward, self.recipe.model)
+
+    @cached_property
+    def _reward_function(self) -> Callable[..., Sequence[float]]:
+        """The reward with the recipe's model in the parts that need it."""
+        assert self.recipe.reward is not None
+        return reward_of(self.recipe.reward, self.lm)[0]
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
@@ -126,8 +135,8 @@ class Run:
         r = self.recipe
         if r.reward is None or self._reward is None:
             return self.prior * Preferences(beta)
-        name = r.reward.rpartition(":")[2]
-        return self.prior * Reward(self._reward[0], beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
+        function, name = self._reward_function, reward_name(r.reward)
+        return self.prior * Reward(function, beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
     # --- plan ---
 
@@ -362,7 +371,19 @@ class Run:
     def _twisted(self, decoder: Any, twist: str) -> Any:
         if not _has(decoder, "twist"):
             raise InputError(f"twist is {twist!r}, but {type(decoder).__name__} has none; use --engine smc")
+        if twist == "prefix":
+            self._warn_of_prefixes()
         return replace(decoder, twist=prefix_evidence if twist == "prefix" else self.prior.critic(start=twist))
+
+    def _warn_of_prefixes(self) -> None:
+        blind = [part.label for part in named_parts(self._reward_function) if not part.on_prefixes]
+        if blind:
+            warnings.warn(
+                f"{', '.join(blind)} says little of unfinished texts, and steers SMC at random (the weights still correct for it); "
+                f"use a critic as the twist",
+                TiltWarning,
+                stacklevel=2,
+            )
 
     # --- files ---
 
