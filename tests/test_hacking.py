@@ -86,6 +86,10 @@ class TestCurve:
     def test_gold_that_falls_from_the_start(self):
         found = fit_overoptimisation(KL, points(-1.0, 0.3, "rl"), np.full(40, 0.01), prior=NOTHING)
         assert found.verdict == "falling"
+        concave_up = -np.sqrt(KL) + 0.02 * np.random.default_rng(0).normal(size=40)
+        found = fit_overoptimisation(KL, concave_up, np.full(40, 0.02), prior=NOTHING)
+        assert found.verdict == "falling"
+        assert "gold falls from the start: at 6.00 nats it is 2.4" in str(found)
 
     def test_false_peaks_are_rare_where_gold_only_rises(self):
         rng, claims = np.random.default_rng(4), 0
@@ -249,7 +253,7 @@ class TestPrediction:
 
     def test_gold_that_is_minus_the_proxy_falls_from_the_start(self, world):
         found = tl.plan(world.target, world.prompts, samples=64, gold=-world.target.evidence)
-        assert "falls from the prior on" in str(found)
+        assert "best under the prior itself" in str(found)
 
     def test_noise_tells_nothing(self, world):
         rng = np.random.default_rng(0)

@@ -136,16 +136,7 @@ def _peak(points: Sequence[GoldPoint], prior: Interval) -> tuple[Interval | None
     best, last = trusted[top], trusted[-1]
     if all(p.slope.low <= 0 <= p.slope.high for p in trusted):
         return None, best, "gold: no change along the frontier can be told from noise; draw more samples or prompts."
-    if trusted[0].slope.high < 0 and prior.value >= best.gold.value:
-        return (
-            None,
-            trusted[0],
-            (
-                f"gold: falls from the prior on (from {prior.value:.3g} to {last.gold.value:.3g} at beta = {last.beta:.2g}): training on "
-                f"this reward costs gold at any beta."
-            ),
-        )
-    falling = [i for i, p in enumerate(trusted) if p.slope.high < 0 and i > top]
+    falling = [i for i, p in enumerate(trusted) if p.slope.high < 0 and (i > top or top == 0)]
     if not falling:
         return (
             None,
@@ -155,6 +146,12 @@ def _peak(points: Sequence[GoldPoint], prior: Interval) -> tuple[Interval | None
                 f"beta = {last.beta:.2g} cannot be ruled out."
             ),
         )
+    if top == 0 and prior.value >= best.gold.value:
+        text = (
+            f"gold: best under the prior itself ({prior.value:.3g}); it surely falls below beta = {trusted[falling[0]].beta:.2g}, to "
+            f"{last.gold.value:.3g} at beta = {last.beta:.2g}: training on this reward costs it."
+        )
+        return None, None, text
     beta = _crossing(trusted, top)
     low = trusted[falling[0]].beta
     rising = [p.beta for p in trusted[: top + 1] if p.slope.low > 0]

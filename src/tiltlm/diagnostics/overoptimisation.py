@@ -39,6 +39,7 @@ class Overoptimisation:
         seen: smallest and largest KL among the points, in nats.
         peak: KL at which gold peaks; high is inf where nothing bounds it, value NaN where the fit has no peak.
         gain: the curve's gold gain over the prior at the peak, NaN without one.
+        end: the curve's gain over the prior at the largest KL seen.
         verdict: "peak" inside what was seen, "beyond" it, "falling" from the start, or "none" that the data show.
     """
 
@@ -49,6 +50,7 @@ class Overoptimisation:
     seen: tuple[float, float]
     peak: Interval
     gain: float
+    end: Estimate
     verdict: Literal["peak", "beyond", "falling", "none"]
 
     def at(self, kl: float) -> float:
@@ -66,7 +68,7 @@ class Overoptimisation:
         if self.verdict == "peak":
             return f"gold peaks at KL {self.peak} nats"
         if self.verdict == "falling":
-            return f"gold falls from the start: its peak is under {max(self.peak.value, self.seen[0]):.2g} nats"
+            return f"gold falls from the start: at {last:.2f} nats it is {-self.end.value:.3g} ± {self.end.stderr:.2g} under the prior's"
         if self.verdict == "beyond":
             return f"no peak within the range seen (up to {last:.2f} nats); the curve puts it at {self.peak}, which is extrapolated"
         return f"no peak within the range seen (up to {last:.2f} nats)"
@@ -75,7 +77,7 @@ class Overoptimisation:
         """Plain values for JSON."""
         return {
             "form": self.form,
-            **{name: getattr(self, name).as_dict() for name in ("a", "b", "origin", "peak")},
+            **{name: getattr(self, name).as_dict() for name in ("a", "b", "origin", "peak", "end")},
             "seen": list(self.seen),
             "gain": self.gain if math.isfinite(self.gain) else None,
             "verdict": self.verdict,
@@ -137,9 +139,10 @@ def fit_overoptimisation(
         seen=(float(x[x > 0].min()), float(x.max())),
         peak=_peak(a, b, covariance[:2, :2], quantile, form, level),
         gain=math.nan,
+        end=_gain_at(float(x.max()), solution, covariance, form, len(x)),
         verdict="none",
     )
-    return _judged(found, known=b > quantile * errors[1])
+    return _judged(found, b > quantile * errors[1], quantile)
 
 
 def _design(
@@ -188,9 +191,17 @@ def _kl_of(ratio: float, form: Form) -> float:
     return max(0.0, ratio / 2) ** 2
 
 
-def _judged(found: Overoptimisation, known: bool) -> Overoptimisation:
-    if not known:
-        return found
+def _gain_at(kl: float, solution: np.ndarray, covariance: np.ndarray, form: Form, n: int) -> Estimate:
+    d = math.sqrt(kl)
+    row = np.array([d, -d * (math.log(d) if form == "rl" else d)])
+    return Estimate(float(row @ solution[:2]), math.sqrt(float(row @ covariance[:2, :2] @ row)), n)
+
+
+def _judged(found: Overoptimisation, bent: bool, quantile: float) -> Overoptimisation:
+    """What can be said of the peak; `bent`: b is positive beyond its error."""
+    if not bent:
+        fallen = found.end.value < -quantile * found.end.stderr
+        return replace(found, verdict="falling") if fallen else found
     kl, last = found.peak.value, found.seen[1]
     if kl > last:
         return replace(found, verdict="beyond")

@@ -7,11 +7,12 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from tiltlm.errors import InputError
+from tiltlm.evidence.function import TextFunction
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -88,8 +89,16 @@ def _table(path: Path) -> Any:
         ) from error
 
 
-def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
-    """A reward function named as file.py:function or package.module:function.
+def load_reward(source: str) -> tuple[TextFunction, str]:
+    """A reward function named as file.py:function or package.module:function; see `load_function`."""
+    return load_function(source, "reward")
+
+
+def load_function(source: str, what: str) -> tuple[TextFunction, str]:
+    """A function of texts, for a reward, a held-out reward or a moment: file.py:function or package.module:function.
+
+    Args:
+        what: the recipe's key, for messages.
 
     Returns:
         The function, and a hash of the code behind it (for knowing whether saved draws are still its).
@@ -99,29 +108,29 @@ def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
     """
     place, colon, name = source.rpartition(":")
     if not colon:
-        raise InputError(f"reward is {source!r}; write it as file.py:function")
+        raise InputError(f"{what} is {source!r}; write it as file.py:function")
     if place.endswith(".py"):
-        module, code = _from_file(Path(place))
+        module, code = _from_file(Path(place), what)
     else:
         try:
             module = importlib.import_module(place)
         except Exception as error:  # whatever the module does
             reason = " ".join(str(error).split())
             raise InputError(
-                f"reward {source!r}: {place!r} raised {type(error).__name__} on import ({reason}); give file.py:function, "
+                f"{what} {source!r}: {place!r} raised {type(error).__name__} on import ({reason}); give file.py:function, "
                 f"install the package, or mend it"
             ) from error
         code = Path(module.__file__).read_bytes() if module.__file__ else b""
     function = getattr(module, name, None)
     if not callable(function):
         found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise InputError(f"reward {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
-    return cast("Callable[..., Sequence[float]]", function), hashlib.sha256(code).hexdigest()[:16]
+        raise InputError(f"{what} {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
+    return cast("TextFunction", function), hashlib.sha256(code).hexdigest()[:16]
 
 
-def _from_file(path: Path) -> tuple[Any, bytes]:
+def _from_file(path: Path, what: str) -> tuple[Any, bytes]:
     if not path.is_file():
-        raise InputError(f"reward: there is no file {str(path)!r}; give file.py:function")
+        raise InputError(f"{what}: there is no file {str(path)!r}; give file.py:function")
     spec = importlib.util.spec_from_file_location(f"tiltlm_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -132,6 +141,6 @@ def _from_file(path: Path) -> tuple[Any, bytes]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"reward file {str(path)!r} raised {type(error).__name__} on import ({reason}); mend it"
+            f"{what} file {str(path)!r} raised {type(error).__name__} on import ({reason}); mend it"
         ) from error
     return module, path.read_bytes()
