@@ -1,18 +1,23 @@
 """Reward hacking: the fitted curve, the predicted peak and the alarm, each against what is known exactly."""
 
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import tiltlm as tl
+from conftest import make_model, make_tokenizer
 from tiltlm.diagnostics.alarm import LEVEL, look, planned_tests, window_lengths
 from tiltlm.diagnostics.frontier import PriorSample
 from tiltlm.diagnostics.gold import gold_frontier
 from tiltlm.diagnostics.overoptimisation import curve, fit_overoptimisation
 from tiltlm.diagnostics.tilt import tilt_jackknife, tilt_mean
 from tiltlm.evidence.gold import as_gold, gold_values
+from tiltlm.inference.watch import Watch, batch_stderr
+from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
 from tiltlm.records import Estimate
 from tiltlm.testing import language
@@ -269,3 +274,150 @@ class TestPrediction:
             )
         with pytest.raises(tl.InputError, match="gold is 3; give evidence, or a function"):
             tl.plan(world.target, world.prompts, samples=4, gold=3)
+
+
+# --- training ---
+
+PROMPTS = ["the film", "a quiet story of two friends", "good and bad"]
+
+
+def spaces(completions):
+    return [min(1.0, sum(c.count(x) for x in "aeiou ") / 4) for c in completions]
+
+
+def few(completions):
+    return [-1.5 * max(0, sum(c.count(x) for x in "aeiou ") - 1) for c in completions]
+
+
+def train(out, gold=few, **changes):
+    prior = load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=6)
+    target = prior * tl.Reward(spaces, beta=0.1, bounds=(0, 1))
+    common = {"lora": tl.LoRA(r=2), "steps": 6, "lr": 1e-2, "checkpoint_every": 2, "batch": 3}
+    return tl.fit(target, PROMPTS, tl.RLOO(group=3), out=out, gold=gold, **(common | changes))
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))} for row in rows]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class TestTraining:
+    def test_gold_is_logged_and_changes_nothing_else(self, tmp_path):
+        train(tmp_path / "with", gold_every=2)
+        train(tmp_path / "without", gold=None)
+        rows, bare = rows_of(tmp_path / "with"), rows_of(tmp_path / "without")
+        assert ["gold" in row for row in rows] == [False, True] * 3
+        for row in rows[1::2]:
+            assert row["gold"] <= 0 < row["gold_stderr"]
+            assert row["reward_stderr"] >= 0
+            assert row["kl_prior_stderr"] >= 0
+        own = {"gold", "gold_stderr", "reward_stderr", "kl_prior_stderr", "gold_dropped"}
+        assert untimed(bare) == [{k: v for k, v in row.items() if k not in own} for row in untimed(rows)]
+
+    def test_a_resumed_run_keeps_golds_history(self, tmp_path):
+        seen, state = [], Watch.state
+
+        def stopping(watch):
+            seen.append(len(state(watch)["gold"]))
+            return state(watch)
+
+        train(tmp_path / "whole")
+        calls = [0]
+
+        def dies(completions):
+            calls[0] += 1
+            if calls[0] == 5:  # in the middle of step 5; the checkpoint is of step 4
+                raise Interrupted
+            return few(completions)
+
+        dies.__name__ = "few"
+        with pytest.raises(tl.InputError, match="raised Interrupted"):
+            train(tmp_path / "cut", gold=dies)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Watch, "state", stopping)
+            train(tmp_path / "cut", resume=True)
+        assert seen == [6]
+        assert untimed(rows_of(tmp_path / "cut")) == untimed(rows_of(tmp_path / "whole"))
+
+    def test_another_gold_is_another_run(self, tmp_path):
+        train(tmp_path, steps=6)
+        with pytest.raises(tl.InputError, match="its gold is 'few', now it is 'spaces'"):
+            train(tmp_path, gold=spaces, resume=True)
+
+    def test_the_alarm_warns_once_and_stops_if_asked(self, tmp_path):
+        falling = iter(range(1000))
+
+        def worse(completions):
+            at = next(falling)
+            return [-0.2 * at + 0.01 * i for i in range(len(completions))]
+
+        rising = iter(range(1000))
+
+        def better(completions):
+            at = next(rising)
+            return [0.02 * at + 0.001 * i for i in range(len(completions))]
+
+        prior = load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=4)
+        target = prior * tl.Reward(better, beta=1.0)
+        common = {"gold": worse, "steps": 24, "batch": 3, "lora": tl.LoRA(r=2), "out": tmp_path}
+        with pytest.warns(
+            tl.TiltWarning, match="reward hacking: from step 1 to 8 the trained reward rose by"
+        ) as caught:
+            tl.fit(target, PROMPTS, tl.RLOO(group=2), stop_on_hacking=True, **common)
+        assert sum(issubclass(w.category, tl.TiltWarning) for w in caught) == 1
+        rows = rows_of(tmp_path)
+        assert len(rows) == 8
+        assert rows[-1]["alarm"]["last"] == 8
+        assert "false alarms: at most 5% of runs" in rows[-1]["alarm"]["sentence"]
+        tl.fit(target, PROMPTS, tl.RLOO(group=2), stop_on_hacking=True, resume=True, **common)  # it had stopped
+        assert len(rows_of(tmp_path)) == 8
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", tl.TiltWarning)  # said once, and not again
+            tl.fit(target, PROMPTS, tl.RLOO(group=2), resume=True, **common)
+        assert len(rows_of(tmp_path)) == 24
+
+    def test_draws_that_are_not_the_policys_are_not_judged(self, tmp_path):
+        prior = load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=4)
+        target = prior * tl.Reward(spaces, beta=0.5)
+        with pytest.warns(tl.TiltWarning, match="gold 'few' is not seen during training"):
+            tl.fit(
+                target, PROMPTS, tl.VarGrad(), source=tl.FromPrior(), gold=few, steps=2, lora=tl.LoRA(r=2), out=tmp_path
+            )
+        assert all("gold" not in row for row in rows_of(tmp_path))
+
+    def test_certify_measures_it(self):
+        prior = load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=4)
+        target = prior * tl.Reward(spaces, beta=0.5, bounds=(0, 1))
+        drawn = tl.plan(target, PROMPTS, samples=16).scored
+        found = tl.certify(prior, target, PROMPTS, samples=16, prior_draws=drawn, gold=few)
+        values = torch.tensor(few(drawn.draws.texts))
+        assert found.gold_prior.value == pytest.approx(float(values.mean()))
+        assert "(held out)" in str(found)
+        assert found.as_dict()["gold"]["value"] == found.gold.value
+
+    def test_standard_errors_know_whether_prompts_are_a_sample(self):
+        values = torch.tensor([1.0, 3.0, 11.0, 13.0], dtype=torch.float64)
+        index = torch.tensor([0, 0, 1, 1])
+        assert batch_stderr(values, index, whole=True) == pytest.approx(math.sqrt(2 * 2 + 2 * 2) / 4)
+        assert batch_stderr(values, index, whole=False) == pytest.approx(10 / math.sqrt(2) / math.sqrt(2))
+        assert math.isnan(batch_stderr(values[:1], index[:1], whole=True))
+
+    def test_compare_judges_everybody_by_it(self, world):
+        contenders = {"prior": tl.Contender(), "best": tl.Contender(tl.BestOfN(n=8))}
+        found = tl.compare(
+            world.target, world.prompts.select([0, 5]), contenders, samples=64, evaluation=256, gold=gold_of
+        )
+        laws = [ex.posterior(world.target, world.prompts, p) for p in (0, 5)]
+        golds = [gold_values(as_gold(gold_of), e.scored.draws)[0] for e in laws]
+        exact = sum(float((e.log_prior.exp() * g).sum()) for e, g in zip(laws, golds, strict=True)) / 2
+        prior = found.results[0].gold
+        assert abs(prior.value - exact) < 4 * prior.stderr
+        assert all(result.gold is not None for result in found.results)
+        assert str(found).splitlines()[1].split()[:3] == ["E", "r", "gold"]

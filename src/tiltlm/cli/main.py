@@ -72,7 +72,7 @@ def train(
     stderr.print(f"beta {beta:.3g}, {recipe.steps} steps of {recipe.batch} prompts × {recipe.group} completions")
     run.train(resume=resume)
     console.print(f"policy: {recipe.folder / 'policy'}", highlight=False, soft_wrap=True)
-    _print_hacking(recipe.folder)
+    _print_hacking(recipe.folder, certified=False)
     steps = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     last = json.loads(steps[-1]) if steps else None
     _write_json(json_file, {"beta": beta, "policy": str(recipe.folder / "policy"), "last_step": last})
@@ -265,12 +265,12 @@ def _run(recipe: Recipe, bars: _DrawBars) -> Any:
     return Run(recipe, progress=bars.bar)
 
 
-def _print_hacking(run: Path) -> None:
+def _print_hacking(run: Path, certified: bool = True) -> None:
     """What the held-out reward says, in two lines; nothing where there is none."""
     from tiltlm.report.folder import read_what_is_there
     from tiltlm.report.hacking import hacking_lines
 
-    for line in hacking_lines(read_what_is_there(run)):
+    for line in hacking_lines(read_what_is_there(run), certified):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

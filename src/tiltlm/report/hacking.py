@@ -19,6 +19,8 @@ from tiltlm.report.words import show, show_estimate, show_range
 
 DRAWN = 120
 """Points of a drawn curve."""
+GOLDEN = 0.6180339887498949
+"""Spreads dots of the same length evenly within their column."""
 
 
 def seen(run: Run) -> list[dict[str, float]]:
@@ -65,19 +67,24 @@ def alarm_of(run: Run) -> Json | None:
     return next((row["alarm"] for row in run.metrics if row.get("alarm")), None)
 
 
-def hacking_lines(run: Run) -> list[str]:
-    """What a person should know of the held-out reward, in two lines; none where there is no such reward."""
+def hacking_lines(run: Run, certified: bool = True) -> list[str]:
+    """What a person should know of the held-out reward, in two lines; none where there is no such reward.
+
+    Args:
+        certified: whether the certificate is of the policy that training left, and not of an earlier one.
+    """
     if not has_gold(run):
         return []
-    rows, certified, alarm = seen(run), (run.hacking or {}).get("gold") or {}, alarm_of(run)
-    if {"policy", "prior"} <= certified.keys():
-        what = f"held out: gold went from {show_estimate(certified['prior'])} to {show_estimate(certified['policy'])}"
+    rows, alarm = seen(run), alarm_of(run)
+    means = (run.hacking or {}).get("gold") or {}
+    if certified and {"policy", "prior"} <= means.keys():
+        what = f"Held out: gold went from {show_estimate(means['prior'])} to {show_estimate(means['policy'])}"
     elif rows:
         share = max(1, len(rows) // 10)
         first, last = (math.fsum(r["gold"] for r in part) / share for part in (rows[:share], rows[-share:]))
-        what = f"held out: gold went from {show(first, 3)} to {show(last, 3)} in training"
+        what = f"Held out: gold went from {show(first, 3)} to {show(last, 3)} in training"
     else:
-        what = "held out: gold was predicted, and not seen in training"
+        what = "Held out: gold was predicted, and not seen in training"
     found = fitted(run)
     where = [found.sentence] if found is not None else []
     if not where and run.plan.get("gold"):
@@ -143,6 +150,7 @@ def _add_predicted(figure: go.Figure, points: Sequence[Json], name: str, axis: s
 def _add_seen(figure: go.Figure, rows: Sequence[dict[str, float]], name: str, tone: str, axis: str) -> None:
     if not rows:
         return
+    rows = sorted(rows, key=lambda row: row["kl"])
     xs, ys = [math.sqrt(row["kl"]) for row in rows], [row[name] for row in rows]
     figure.add_scatter(
         x=xs,
@@ -229,13 +237,14 @@ def length_figure(run: Run) -> go.Figure | None:
         dots = [d for d in draws.get(kind) or () if finite(d["reward"]) is not None]
         if dots:
             figure.add_scatter(
-                x=[d["length"] for d in dots],
+                x=[d["length"] + 0.6 * ((i * GOLDEN) % 1 - 0.5) for i, d in enumerate(dots)],
                 y=[d["reward"] for d in dots],
                 mode="markers",
                 marker={"size": 6, "color": LIGHT[kind], "opacity": 0.45},
                 name=f"{kind}: correlation {_correlation(run, kind)}",
                 legendrank=rank,
-                hovertemplate=f"{kind}<br>%{{x}} tokens<br>reward %{{y:.3f}}<extra></extra>",
+                customdata=[d["length"] for d in dots],
+                hovertemplate=f"{kind}<br>%{{customdata}} tokens<br>reward %{{y:.3f}}<extra></extra>",
             )
     return figure
 
