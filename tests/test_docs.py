@@ -62,11 +62,12 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
 
     read = read_recipe(recipe, {})
     assert len(read_prompts(read.prompts, read.column)) >= 1
-    reward, _ = load_reward(read.reward)
-    assert len(reward(completions=["a good film", "a bad film"])) == 2
+    for function in [*filter(None, [read.reward, read.gold]), *(moment.function for moment in read.moments)]:
+        reward, _ = load_reward(function)
+        assert len(reward(completions=["a good film", "a bad film"])) == 2
 
 
-@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md"])
+@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md", "docs/hacking.md"])
 def test_the_examples_of_a_page(tiny_embedded_model, capsys, page):
     for code in blocks(page):
         exec(compile(code, page, "exec"), {})

@@ -29,8 +29,15 @@ def seen(run: Run) -> list[dict[str, float]]:
     rows = [{new: finite(row.get(old)) for new, old in columns.items()} | {"step": row["step"]} for row in run.metrics]
     whole = [{k: float(v) for k, v in row.items() if v is not None} for row in rows]
     whole = [row for row in whole if {"kl", "proxy", "gold"} <= row.keys()]
-    smoothed = smooth([row["kl"] for row in whole])
+    smoothed = _steady([row["kl"] for row in whole])
     return [row | {"kl": max(0.0, kl)} for row, kl in zip(whole, smoothed, strict=True)]
+
+
+def _steady(values: Sequence[float]) -> list[float]:
+    """Centred mean over about a tenth of the run. Windows stay symmetric to the ends, so that a steady rise is not bent."""
+    reach, last = max(1, len(values) // 20), len(values) - 1
+    halves = [min(reach, i, last - i) for i in range(len(values))]
+    return [math.fsum(values[i - h : i + h + 1]) / (2 * h + 1) for i, h in enumerate(halves)]
 
 
 def prior_gold(run: Run) -> Estimate | None:
