@@ -216,7 +216,7 @@ class TestReport:
         assert first.startswith("Held out: gold went from")
         assert second.startswith("Reward hacking: from step 60 to 91")
         assert "gold peaks at KL" in second
-        assert "the policy is at 4.9 nats, past it" in second
+        assert "the policy is at 5.00 nats, past it" in second
         figure = overoptimisation_figure(run)
         marks = [shape for shape in figure.layout.shapes if shape.type == "line"]
         assert [mark.x0 for mark in marks] == [pytest.approx(found.peak.value**0.5)]

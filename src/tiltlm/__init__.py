@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiltlm.diagnostics.certificate import Certificate, certify
     from tiltlm.diagnostics.evidence_bounds import log_z_bounds
     from tiltlm.diagnostics.frontier import Plan, plan
+    from tiltlm.diagnostics.overoptimisation import fit_overoptimisation
     from tiltlm.errors import InputError, TiltWarning
     from tiltlm.evidence.constraint import Constraint
     from tiltlm.evidence.moments import Moment, match_moments

@@ -123,10 +123,10 @@ class Run:
     @cached_property
     def gold(self) -> Reward | None:
         """The held-out reward, in its own units."""
-        r = self.recipe
-        if r.gold is None:
+        gold, on_error = self.recipe.gold, self.recipe.on_error
+        if gold is None:
             return None
-        return Reward(load_function(r.gold, "gold")[0], name=r.gold.rpartition(":")[2], on_error=r.on_error)
+        return Reward(load_function(gold, "gold")[0], name=gold.rpartition(":")[2], on_error=on_error)
 
     @cached_property
     def _moments(self) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
@@ -144,8 +144,8 @@ class Run:
         """The target at a temperature. Moments are matched at the recipe's own, where their weights are in nats."""
         if not self.recipe.moments:
             return self._rewarded(beta)
-        moments = (self.chosen_beta() * self._matched).at(beta)
-        return self.prior * moments if self.recipe.reward is None else self._rewarded(beta) * moments
+        base: Any = self.prior if self.recipe.reward is None else self._rewarded(beta)
+        return base * (self.chosen_beta() * self._matched).at(beta)
 
     def _rewarded(self, beta: float) -> Target:
         """Of the reward alone, or of whatever reward made the preferences."""
@@ -208,20 +208,18 @@ class Run:
     @cached_property
     def _drawn(self) -> Draws:
         r = self.recipe
-        prior = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
-        return prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed))
+        drawing = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
+        return drawing.draw(self.prompts, r.samples, Generator().manual_seed(r.seed))
 
     def _draws_key(self) -> str:
-        r = self.recipe
-        code = self._reward[1] if self._reward is not None else ""
-        moments = (self._matched.identity,) if r.moments else ()
-        return self._key(r.samples, r.seed, r.reward, code, *moments)
+        r, code = self.recipe, self._reward[1] if self._reward is not None else ""
+        return self._key(r.samples, r.seed, r.reward, code, self._matched.identity if r.moments else None)
 
     def _key(self, *parts: Any) -> str:
         """A hash of the prior, the prompts and what else something depends on."""
         r, prompts = self.recipe, self.prompts
-        common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds]
-        common += [prompts.texts, prompts.tokens.tolist(), prompts.columns]
+        common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds, prompts.texts]
+        common += [prompts.tokens.tolist(), prompts.columns]
         return hashlib.sha256(json.dumps([*common, *parts], default=str).encode()).hexdigest()
 
     # --- train ---
@@ -287,7 +285,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
         self._write("policy/tiltlm.json", {"beta": beta, "recipe": self._recipe_with_versions()})
-        self._write_text("policy/README.md", model_card(self.recipe.folder))
+        write_text(self.recipe.folder / "policy" / "README.md", model_card(self.recipe.folder))
 
     # --- certify ---
 
@@ -318,7 +316,7 @@ class Run:
             self._write("certificate.json", certificate.as_dict())
             self._write_samples(target, prior_draws, certificate)
         if policy is None and has_policy:
-            self._write_text("policy/README.md", model_card(r.folder))
+            write_text(r.folder / "policy" / "README.md", model_card(r.folder))
         return certificate
 
     def _trained_beta(self, policy: str | None) -> float:
@@ -396,9 +394,6 @@ class Run:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
-
-    def _write_text(self, name: str, text: str) -> None:
-        write_text(self.recipe.folder / name, text)
 
 
 def _has(engine: Any, setting: str) -> bool:
