@@ -142,8 +142,8 @@ def _peak(points: Sequence[GoldPoint], prior: Interval) -> tuple[Interval | None
             None,
             best,
             (
-                f"gold: no peak within the range seen can be told from noise; largest at beta = {best.beta:.2g} (E gold {best.gold}), and a "
-                f"peak below beta = {last.beta:.2g} cannot be ruled out."
+                f"gold: no peak within the range seen can be told from noise; best at beta = {best.beta:.2g} (E gold {best.gold}), and a "
+                f"peak below beta = {last.beta:.2g} is possible."
             ),
         )
     if top == 0 and prior.value >= best.gold.value:
