@@ -109,7 +109,7 @@ def overoptimisation_figure(run: Run) -> go.Figure | None:
     if not has_gold(run):
         return None
     figure = canvas(620, "√KL to the prior, √nats")
-    grid = figure.layout.yaxis.to_plotly_json()
+    grid = figure.layout.yaxis.to_plotly_json()  # pyright: ignore
     title = {"text": "trained on, reward units", "font": grid["title"]["font"], "standoff": 12}
     figure.update_layout(yaxis2=grid | {"domain": [0.54, 1.0], "title": title})
     figure.update_layout(yaxis={"domain": [0.0, 0.46], "title_text": "held out (gold)"}, margin_r=24)
