@@ -63,11 +63,16 @@ def test_the_tutorials_target(tiny_embedded_model):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
-    from tiltlm.workflow.inputs import read_prompts, reward_of
+    from tiltlm.workflow.inputs import load_function, read_prompts, reward_of
     from tiltlm.workflow.recipe import read_recipe
 
     read = read_recipe(recipe, {})
     assert len(read_prompts(read.prompts, read.column)) >= 1
+    for function in [*filter(None, [read.gold]), *(moment.function for moment in read.moments)]:
+        reward, _ = load_function(function, "gold")
+        assert len(reward(completions=["a good film", "a bad film"])) == 2
+    if read.reward is None:
+        return
     reward, _ = reward_of(read.reward, read.model)
     if isinstance(read.reward, list):  # its parts have models, which are loaded when they are called
         assert len(reward.parts()) == len(read.reward)
@@ -75,9 +80,10 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
     assert len(reward(completions=["a good film", "a bad film"])) == 2
 
 
-@pytest.mark.parametrize(
-    "page", ["docs/ways.md", "docs/explain.md", "docs/reward-models.md", "docs/labels.md", "docs/rewards.md"]
-)
+PAGES = ["ways", "explain", "reward-models", "labels", "rewards", "hacking"]
+
+
+@pytest.mark.parametrize("page", [f"docs/{page}.md" for page in PAGES])
 def test_the_examples_of_a_page(tiny_embedded_model, capsys, page):
     for code in blocks(page):
         exec(compile(code, page, "exec"), {})

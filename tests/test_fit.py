@@ -14,9 +14,9 @@ import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
-from tiltlm.inference.fit import batch_of
 from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
+from tiltlm.inference.source import batch_of
 from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim

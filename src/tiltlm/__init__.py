@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tiltlm.diagnostics.certificate import Certificate, certify
     from tiltlm.diagnostics.evidence_bounds import log_z_bounds
     from tiltlm.diagnostics.frontier import Plan, plan
+    from tiltlm.diagnostics.overoptimisation import fit_overoptimisation
     from tiltlm.errors import InputError, TiltWarning
     from tiltlm.evidence.constraint import Constraint
     from tiltlm.evidence.members import Members, PriorRewards, prior_rewards
@@ -173,6 +174,7 @@ _HOME = {
     "demonstrations": "lm.given",
     "explain": "explanation",
     "fit": "inference.fit",
+    "fit_overoptimisation": "diagnostics.overoptimisation",
     "load": "lm.load",
     "load_classifier": "lm.classifier",
     "load_encoder": "lm.encoder",
@@ -272,6 +274,7 @@ __all__ = [
     "demonstrations",
     "explain",
     "fit",
+    "fit_overoptimisation",
     "load",
     "load_classifier",
     "load_encoder",

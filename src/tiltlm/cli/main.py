@@ -56,6 +56,10 @@ def plan(recipe: Recipe, json_file: Json = None) -> None:
     with _draw_bars() as bars:
         found = _run(recipe, bars).plan()
     console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    if recipe.moments:
+        from tiltlm.workflow.moments import moments_text
+
+        console.print(moments_text(recipe.folder), highlight=False, markup=False, soft_wrap=True)
     _write_json(json_file, found.as_dict())
 
 
@@ -74,6 +78,7 @@ def train(
     stderr.print(f"beta {beta:.3g}, {recipe.steps} steps of {recipe.batch} prompts × {recipe.group} completions")
     run.train(resume=resume)
     console.print(f"policy: {recipe.folder / 'policy'}", highlight=False, soft_wrap=True)
+    _print_hacking(recipe.folder, certified=False)
     steps = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     last = json.loads(steps[-1]) if steps else None
     _write_json(json_file, {"beta": beta, "policy": str(recipe.folder / "policy"), "last_step": last})
@@ -96,6 +101,7 @@ def certify(
     with _draw_bars() as bars:
         certificate = _run(recipe, bars).certify(policy)
     console.print(str(certificate), highlight=False, markup=False, soft_wrap=True)
+    _print_hacking(recipe.folder)
     _write_json(json_file, certificate.as_dict())
 
 
@@ -252,6 +258,7 @@ def report(
     _require_writable(json_file)
     page = write_report(run)
     console.print(summary_table(run))
+    _print_hacking(run)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     found = {name: run / f"{name}.json" for name in ("plan", "certificate")}
     parts = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
@@ -268,6 +275,15 @@ def _run(recipe: Recipe, bars: DrawBars) -> Any:
 
     quieten()
     return Run(recipe, progress=bars.bar)
+
+
+def _print_hacking(run: Path, certified: bool = True) -> None:
+    """What the held-out reward says, in two lines; nothing where there is none."""
+    from tiltlm.report.folder import read_what_is_there
+    from tiltlm.report.hacking import hacking_lines
+
+    for line in hacking_lines(read_what_is_there(run), certified):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _require_writable(file: Path | None) -> None:

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from tiltlm.errors import InputError
-from tiltlm.workflow.recipe import Recipe, read_recipe
+from tiltlm.workflow.recipe import MomentSpec, Recipe, read_recipe
 
 GROUPS = {
     "Prior": (
@@ -28,7 +28,7 @@ GROUPS = {
         "temperature",
         "stop",
     ),
-    "Evidence": ("reward", "beta", "kl_budget", "reward_goal", "bounds", "on_error"),
+    "Evidence": ("reward", "beta", "kl_budget", "reward_goal", "bounds", "on_error", "moments", "gold"),
     "Run": ("out", "seed"),
     "Samples": ("samples", "exact_budget"),
     "Training": (
@@ -56,6 +56,8 @@ GROUPS = {
         "certify_samples",
         "patience",
         "checkpoint_every",
+        "gold_every",
+        "stop_on_hacking",
         "trackers",
     ),
 }
@@ -127,6 +129,6 @@ def _plain_type(annotation: Any) -> Any:
         return _plain_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is Literal:
         return str
-    if typing.get_origin(annotation) is dict:
+    if typing.get_origin(annotation) is dict or annotation == list[MomentSpec]:
         return list[str]
     return annotation

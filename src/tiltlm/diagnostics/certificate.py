@@ -28,6 +28,7 @@ from tiltlm.diagnostics.evidence_bounds import (
     with_log_z,
 )
 from tiltlm.errors import InputError
+from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.rejection import Rejection, has_upper_bound
 from tiltlm.inference.decoding.smc import SMC
 from tiltlm.protocols import Sampler
@@ -76,6 +77,7 @@ class Certificate:
         diversity: signs of collapse.
         notes: what the certificate cannot say, and how to get it.
         scored: the sampler's draws.
+        gold, gold_prior: the mean of a held-out reward under the sampler and under the prior, where one was given.
     """
 
     beta: float
@@ -93,6 +95,8 @@ class Certificate:
     per_prompt: tuple[PromptCertificate, ...]
     notes: tuple[str, ...]
     scored: Scored
+    gold: Estimate | None = None
+    gold_prior: Estimate | None = None
 
     @property
     def mean_width(self) -> float:
@@ -111,6 +115,9 @@ class Certificate:
             f"diversity   entropy {self.diversity.entropy:.1f} nats, distinct-2 {self.diversity.distinct_2:.2f}, "
             f"unique {self.diversity.unique:.0%}, truncated {self.diversity.truncated:.0%}, length {self.diversity.length:.1f}",
         ]
+        if self.gold is not None:
+            before = "" if self.gold_prior is None else f", the prior's {self.gold_prior}"
+            lines.insert(2, f"E gold      {self.gold}{before} (held out)")
         return "\n".join([*lines, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,6 +138,7 @@ class Certificate:
             "diversity": self.diversity.as_dict(),
             "per_prompt": [prompt.as_dict() for prompt in self.per_prompt],
             "notes": list(self.notes),
+            **{name: value.as_dict() for name in ("gold", "gold_prior") if (value := getattr(self, name)) is not None},
         }
 
 
@@ -143,6 +151,7 @@ def certify(
     prior_draws: Scored | None = None,
     exact_budget: int = 128,
     engine: SMC | None = None,
+    gold: Gold | None = None,
     seed: int = 0,
 ) -> Certificate:
     """Certify any sampler against a target.
@@ -157,6 +166,7 @@ def certify(
             as many given an exact sample, all with the sampler as proposal. With a good twist they bound log Z more closely,
             and hold where the sampler's own weights are too heavy-tailed; but the ELBO's error, which the sampler's own bounds
             share and so cancel, then counts in full: give more samples.
+        gold: a held-out reward, evidence or function, to be measured on the sampler's draws, and on `prior_draws` if there are any.
 
     Raises:
         InputError: if no completion has a usable reward.
@@ -174,7 +184,23 @@ def certify(
     by_engine = None
     if engine is not None:
         by_engine = log_z_bounds(target, encoded, engine, exact, rng, proposal=sampler)
-    return _assemble(target, encoded, scored, exact, log_w_exact, kl_prior, samples, notes, by_engine)
+    found = _assemble(target, encoded, scored, exact, log_w_exact, kl_prior, samples, notes, by_engine)
+    if gold is None:
+        return found
+    return replace(found, gold=mean_gold(gold, scored), gold_prior=prior_draws and mean_gold(gold, prior_draws))
+
+
+def mean_gold(gold: Gold, scored: Scored) -> Estimate:
+    """Mean over prompts of a held-out reward, of the completions that it could judge.
+
+    Raises:
+        InputError: if it could judge none.
+    """
+    values, judged = gold_values(as_gold(gold), scored.draws)
+    if not judged.any():
+        raise InputError("gold judged none of the completions; mend it, or leave it out")
+    used, index = scored.draws.prompt_index[judged].unique(return_inverse=True)
+    return _group_estimate(values[judged], index, len(used), int(judged.sum()) // len(used))
 
 
 def exact_samples(

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from tiltlm.records import Draws
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiltlm.records import Draws, Interval
 from tiltlm.weights import group_mean
+
+Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,26 @@ def diversity(draws: Draws) -> Diversity:
 def _distinct(rows: list[tuple[int, ...]], n: int) -> float:
     grams = [row[i : i + n] for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def length_correlation(lengths: Int[Tensor, " B"], reward: Float[Tensor, " B"], index: Int[Tensor, " B"]) -> Interval:
+    """Pearson's correlation of reward and length within prompts, with a 95% interval by Fisher's z.
+
+    A reward that pays for length is the commonest hack (Singhal et al. 2023, "A long way to go"). Both are centred prompt by prompt,
+    so that prompts with long answers and high rewards do not count for it. NaN where either is constant.
+    """
+    possible = reward.isfinite()
+    x, y, group = lengths[possible].double(), reward[possible].double(), index[possible]
+    if len(x) == 0:
+        return Interval(math.nan, -1.0, 1.0)
+    count = int(group.max()) + 1
+    x, y = x - group_mean(x, group, count)[group], y - group_mean(y, group, count)[group]
+    scale = float((x.square().sum() * y.square().sum()).sqrt())
+    freedom = len(x) - len(group.unique()) - 2
+    if scale < 1e-12 or freedom < 1:
+        return Interval(math.nan, -1.0, 1.0)
+    r = max(-1.0, min(1.0, float(x @ y) / scale))
+    if abs(r) > 1 - 1e-12:
+        return Interval(r, r, r)
+    half = Z95 / math.sqrt(freedom)
+    return Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student
 from torch import Generator, Tensor
 
-from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan
+from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
+from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
 from tiltlm.diagnostics.tilt import Tilted, tilt, tilt_jackknife
 from tiltlm.errors import InputError
+from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
 from tiltlm.records import Estimate, Interval, Prompts, Scored
 from tiltlm.target import Target
 from tiltlm.weights import pareto_k
@@ -43,6 +44,7 @@ class Plan:
         per_prompt: the prediction for each prompt at the chosen beta.
         notes: plain sentences on what the draws cannot tell, and what to look at.
         scored: the prior draws, scored at `beta`.
+        gold: what the same draws say of a held-out reward along the frontier, if one was given.
     """
 
     prior_reward: Interval
@@ -54,6 +56,7 @@ class Plan:
     samples: int
     scored: Scored
     beta: float
+    gold: GoldFrontier | None = None
 
     def at(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
@@ -72,7 +75,8 @@ class Plan:
             if self.chosen
             else []
         )
-        return "\n".join([head, *rows, *chosen, *self.notes])
+        gold = [str(self.gold)] if self.gold else []
+        return "\n".join([head, *rows, *chosen, *self.notes, *gold])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -84,6 +88,7 @@ class Plan:
             "chosen": self.chosen.as_dict() if self.chosen else None,
             "per_prompt": [prompt.as_dict() for prompt in self.per_prompt],
             "notes": list(self.notes),
+            **({"gold": self.gold.as_dict()} if self.gold else {}),
         }
 
 
@@ -144,8 +149,8 @@ class PriorSample:
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=_over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n),
-                    kl=_floored(_over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n)),
+                    reward=over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n),
+                    kl=_floored(over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n)),
                     log_z=Estimate(float(log_z.mean()), spread, self.n * count, "lower"),
                     ess=float(plain.ess[:, g].mean()),
                     pareto_k=float(torch.tensor(ks).nanmedian()),
@@ -160,27 +165,6 @@ def enough_possible(reward: Float[Tensor, " n"]) -> bool:
     """Whether the rewards that are not -inf suffice for a prediction: all, or two, so that each can be left out in turn."""
     possible = int((reward > -torch.inf).sum())
     return possible == len(reward) or possible >= 2
-
-
-def _over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
-    """95% interval of a mean, for prompts like these: Student's t over prompts, whose estimates carry their own noise.
-
-    Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
-    bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With a
-    single prompt, by its own standard error.
-    """
-    if any(value == -math.inf for value, _ in estimates):
-        return Interval(-math.inf, -math.inf, -math.inf)  # impossible draws: for certain
-    if len(estimates) == 1:
-        return _own_interval(*estimates[0], n)
-    values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
-    return _own_interval(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
-
-
-def _own_interval(value: float, stderr: float, n: int) -> Interval:
-    """95% interval by Student's t with n - 1 degrees of freedom."""
-    half = float(student.ppf(0.975, n - 1)) * stderr if n > 1 else math.inf
-    return Interval(value, value - half, value + half)
 
 
 def _floored(interval: Interval) -> Interval:
@@ -210,6 +194,7 @@ def plan(
     kl_budget: float | None = None,
     reward_goal: float | None = None,
     scored: Scored | None = None,
+    gold: Gold | None = None,
     seed: int = 0,
 ) -> Plan:
     """Predict the reward-KL frontier over beta from prior samples.
@@ -219,6 +204,7 @@ def plan(
         beta, kl_budget, reward_goal: choose a point by its temperature, by the nats a prompt that the policy may move, or by
             the mean reward it should reach. At most one; without any it is the target's beta.
         scored: prior draws that are there already; nothing is drawn then.
+        gold: a held-out reward, evidence or function, to be predicted along the frontier of the target's own.
 
     Raises:
         InputError: if the budget or goal is out of reach, with the range that can be reached.
@@ -244,7 +230,7 @@ def plan(
         beta = _solve(sample, reward_goal, "reward", "reward_goal", "reward")
     chosen = sample.point(target.beta if beta is None else beta)
     means = [(float(r.mean()), float(r.std()) / math.sqrt(len(r))) for r in sample.rewards]
-    prior = _over_prompts(means, sample.n)
+    prior = over_prompts(means, sample.n)
     powers = [2**i for i in range(1, 12) if 2**i <= sample.n // 2]
     return Plan(
         prior_reward=prior,
@@ -256,7 +242,14 @@ def plan(
         samples=sample.n,
         scored=scored,
         beta=target.beta,
+        gold=_gold(scored, target.beta, gold, frontier) if gold is not None else None,
     )
+
+
+def _gold(scored: Scored, beta: float, gold: Gold, frontier: Sequence[FrontierPoint]) -> GoldFrontier:
+    held_out = as_gold(gold)
+    values, judged = gold_values(held_out, scored.draws)
+    return gold_frontier(scored.select(judged), beta, values[judged], frontier, gold_name(held_out))
 
 
 def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
@@ -295,8 +288,8 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
         prompt=sample.names[prompt],
         n=n,
         prior_reward=float(reward.mean()),
-        reward=_own_interval(float(mean.reward), float(mean.reward_stderr), n),
-        kl=_floored(_own_interval(float(mean.kl), float(mean.kl_stderr), n)),
+        reward=own_interval(float(mean.reward), float(mean.reward_stderr), n),
+        kl=_floored(own_interval(float(mean.kl), float(mean.kl_stderr), n)),
         log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
         ess=float(plain.ess[0]),
         pareto_k=pareto_k(reward / beta),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from scipy.stats import t as student
 
 from tiltlm.records import Estimate, Interval
 
@@ -88,3 +92,24 @@ class PromptPlan:
             "pareto_k": self.pareto_k if math.isfinite(self.pareto_k) else None,
             "reliable": self.reliable,
         }
+
+
+def over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
+    """95% interval of a mean, for prompts like these: Student's t over prompts, whose estimates carry their own noise.
+
+    Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
+    bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With a
+    single prompt, by its own standard error.
+    """
+    if any(value == -math.inf for value, _ in estimates):
+        return Interval(-math.inf, -math.inf, -math.inf)  # impossible draws: for certain
+    if len(estimates) == 1:
+        return own_interval(*estimates[0], n)
+    values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
+    return own_interval(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
+
+
+def own_interval(value: float, stderr: float, n: int) -> Interval:
+    """95% interval by Student's t with n - 1 degrees of freedom."""
+    half = float(student.ppf(0.975, n - 1)) * stderr if n > 1 else math.inf
+    return Interval(value, value - half, value + half)

@@ -66,6 +66,51 @@ def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> J
     return Jackknifed(*estimate(full.reward, without.reward), *estimate(full.kl, without.kl))
 
 
+@dataclass(frozen=True)
+class TiltedMean:
+    """The mean of another quantity under one tilted sample, and how it goes with the tilt; jackknifed, with standard errors.
+
+    Attributes:
+        mean: E g under p*_beta.
+        slope: dE g / dlambda = Cov(g, r) under p*_beta, lambda = 1 / beta: how gold answers to a little more tilt.
+    """
+
+    mean: Float[Tensor, " G"]
+    mean_stderr: Float[Tensor, " G"]
+    slope: Float[Tensor, " G"]
+    slope_stderr: Float[Tensor, " G"]
+
+
+def tilt_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> TiltedMean:
+    """Another quantity's mean under the tilts of one prompt's prior sample, each draw left out in turn."""
+    n = len(reward)
+    scaled = reward[:, None] / betas
+    w = (scaled - scaled.amax(0)).exp()
+    r = torch.where(reward > -torch.inf, reward, 0.0)[:, None]  # a reward of -inf has no weight
+    g = values[:, None]
+
+    def estimates(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        s0, sr, sg, srg = parts
+        return sg / s0, srg / s0 - (sr / s0) * (sg / s0)
+
+    terms = [w, w * r, w * g, w * r * g]
+    totals = [term.sum(0) for term in terms]
+    mean, slope = estimates(totals)
+    if n < 2:
+        unknown = torch.full_like(betas, torch.nan)
+        return TiltedMean(mean, unknown, slope, unknown)
+    others = torch.ones(n, n, dtype=w.dtype) - torch.eye(n, dtype=w.dtype)
+    sums = [others @ term for term in terms]
+    # Without a draw that carries all the weight nothing may be left; the floor keeps that finite, and the ESS tells.
+    left_out = estimates([sums[0].clamp(min=1e-300), *sums[1:]])
+    results = []
+    for full, without in zip((mean, slope), left_out, strict=True):
+        average = without.mean(0)
+        spread = ((n - 1) / n * (without - average).square().sum(0)).sqrt()
+        results += [n * full - (n - 1) * average, spread]
+    return TiltedMean(*results)
+
+
 def _moments(s0: Tensor, s1: Tensor, s2: Tensor, n: Tensor, peak: Tensor, betas: Tensor) -> Tilted:
     mean = s1 / s0
     log_z = s0.log() - n.log() + peak

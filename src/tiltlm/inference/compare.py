@@ -13,6 +13,7 @@ import torch
 from tiltlm.diagnostics.certificate import Z95, Certificate, certify
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
 from tiltlm.errors import InputError
+from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.inference.fit import Training, fit
@@ -59,6 +60,7 @@ class Result:
         samples: completions drawn on the way.
         steps: of training.
         served: share of the prompts that got any sample; the other numbers are about these.
+        gold: the mean of a held-out reward, where one was given.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Result:
     steps: int
     seconds: float
     served: float = 1.0
+    gold: Estimate | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -78,7 +81,8 @@ class Result:
         values = {name: getattr(self, name) for name in parts}
         plain = {name: None if value is None else value.as_dict() for name, value in values.items()}
         counts = {name: getattr(self, name) for name in ("samples", "steps", "seconds", "served")}
-        return {"name": self.name, **plain, **counts}
+        gold = {"gold": self.gold.as_dict()} if self.gold else {}
+        return {"name": self.name, **plain, **counts, **gold}
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ class Comparison:
     def __str__(self) -> str:
         head = ("", "E r", "KL(q||pi0)", "KL(q||p*)", "KL(p*||q)", "unique", "samples", "seconds")
         rows = [head, *[_row(result) for result in self.results]]
+        if any(result.gold for result in self.results):
+            golds = ["gold", *["–" if result.gold is None else f"{result.gold.value:.3f}" for result in self.results]]
+            rows = [(*row[:2], gold, *row[2:]) for row, gold in zip(rows, golds, strict=True)]
+        head = rows[0]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
             "  ".join(
@@ -126,6 +134,7 @@ def compare(
     evaluation: int = 64,
     exact_budget: int = 256,
     progress: Callable[[str], Monitor] | None = None,
+    gold: Gold | None = None,
 ) -> Comparison:
     """Let every contender spend the same, and judge all of them alike.
 
@@ -136,6 +145,7 @@ def compare(
         evaluation: draws of a prompt for the certificate; they do not count.
         exact_budget: prior draws of a prompt in search of exact samples.
         progress: makes the monitor of a contender's training from its name.
+        gold: a held-out reward, evidence or function, that everybody is judged by and nobody trained on.
 
     Raises:
         InputError: for a budget that does not pay for a single step.
@@ -144,7 +154,7 @@ def compare(
         raise InputError("give the budget either as samples or as seconds")
     encoded = target.prior.encode(prompts)
     settings = settings or Training()
-    judge = _Judge(target, encoded, evaluation, exact_budget, settings.seed)
+    judge = _Judge(target, encoded, evaluation, exact_budget, settings.seed, gold)
     results = []
     for name, contender in contenders.items():
         spending = _Spending(samples, seconds, replace(settings, **contender.settings), lora)
@@ -221,6 +231,7 @@ class _Judge:
     evaluation: int
     exact_budget: int
     seed: int
+    gold: Gold | None = None
     exact: tuple[ex.Exact, ...] | None = field(init=False, default=None)
     posterior: Scored | None = field(init=False, default=None)
 
@@ -239,10 +250,11 @@ class _Judge:
             self.prompts,
             samples=self.evaluation,
             exact_budget=0 if self.exact is not None else self.exact_budget,
+            gold=self.gold,
             seed=self.seed,
         )
         if self.exact is not None:
-            return self._listed(name, sampler, certificate)
+            return replace(self._listed(name, sampler, certificate), gold=certificate.gold)
         return Result(
             name,
             certificate.reward,
@@ -253,6 +265,7 @@ class _Judge:
             samples=0,
             steps=0,
             seconds=0.0,
+            gold=certificate.gold,
         )
 
     def _listed(self, name: str, sampler: Sampler, certificate: Certificate) -> Result:
@@ -305,7 +318,22 @@ class _Judge:
             steps=0,
             seconds=seconds,
             served=float(served.double().mean()),
+            gold=self._gold_of(weighted),
         )
+
+    def _gold_of(self, weighted: Weighted) -> Estimate | None:
+        """The held-out reward of what a decoding engine returns, of the prompts that it served."""
+        rows = weighted.kept()
+        if self.gold is None or not len(rows.scored):
+            return None
+        values, judged = gold_values(as_gold(self.gold), rows.scored.draws)
+        index, count = rows.scored.draws.prompt_index[judged], len(self.prompts)
+        share, value = normalise(rows.log_w[judged].double(), index, count), values[judged]
+        mean = group_sum(share * value, index, count)
+        squares = group_sum((share * (value - mean[index])) ** 2, index, count)
+        known = group_sum(share, index, count) > 0
+        many = int(known.sum())
+        return Estimate(float(mean[known].mean()), float(squares.sum().sqrt()) / many, len(value)) if many else None
 
     def _decoded_bound(self, engine: Any, weighted: Weighted) -> Interval | None:
         """KL of what a decoding engine returns from p*: at most log Z - E log Zhat, by the data-processing inequality."""

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from tiltlm.diagnostics.certificate import Certificate, certify
 from tiltlm.errors import InputError
+from tiltlm.evidence.gold import Gold
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
-from tiltlm.inference.source import Source, default_source, require_sound
+from tiltlm.inference.source import Source, batch_of, default_source, require_sound
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
+from tiltlm.inference.watch import Watch
 from tiltlm.lm.adapters import LoRA
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Prompts, Scored
@@ -34,7 +36,6 @@ from tiltlm.target import Target, require_finite, require_trainable
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
 """Settings that a resumed run must share with the one it goes on from."""
-
 
 MEANINGFUL = 1e-3
 """Nats of ELBO that count as progress; certificates share their random numbers, so that smaller gains are rounding."""
@@ -56,6 +57,8 @@ class Training:
         patience: stop after so many certificates without a better ELBO, 0 to go on to the end.
         seconds: stop after so many seconds of training, 0 for no limit; the learning rate then falls with the time.
         checkpoint_every: checkpoint every so many steps; with `out` only.
+        gold_every: judge the fresh draws by the held-out reward every so many steps, where there is one.
+        stop_on_hacking: stop when the alarm says that the reward rises while the held-out one falls.
     """
 
     steps: int = 40
@@ -72,10 +75,12 @@ class Training:
     patience: int = 0
     seconds: float = 0.0
     checkpoint_every: int = 10
+    gold_every: int = 1
+    stop_on_hacking: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples"):
+        for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples", "gold_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup", "certify_every", "patience", "seconds", "weight_decay"):
@@ -107,6 +112,7 @@ def fit(
     resume: bool = False,
     monitor: Monitor | None = None,
     prior_draws: Scored | None = None,
+    gold: Gold | None = None,
     settings: Training | None = None,
     **changes: Any,
 ) -> Any:
@@ -123,6 +129,8 @@ def fit(
         resume: go on from the newest whole checkpoint in `out`.
         monitor: where progress and metrics go; a progress bar by default.
         prior_draws: the plan's draws, which save the certificate its exact samples.
+        gold: a held-out reward, evidence or function, that judges the fresh draws and is never trained on; logged as `gold`
+            beside `reward`, and one TiltWarning says when the one rises while the other falls.
         settings: see `Training`; `changes` are single fields of it.
 
     Returns:
@@ -141,7 +149,9 @@ def fit(
     if policy is None:
         policy = _new_policy(target, engine, lora, start, settings.seed)
         made_of = f"{lora}" if start is None else f"started from {start}"
-    loop = _Loop(target, encoded, engine, source, policy, settings, Path(out) if out else None, prior_draws, made_of)
+    watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
+    folder = Path(out) if out else None
+    loop = _Loop(target, encoded, engine, source, policy, settings, folder, prior_draws, made_of, watch)
     if loop.out is not None and not resume:
         refuse_earlier(loop.out)
     monitor = monitor or Monitor(out=Path(out) if out else None)
@@ -172,8 +182,9 @@ class _Loop:
         out: Path | None,
         prior_draws: Scored | None,
         made_of: str,
+        watch: Watch | None = None,
     ) -> None:
-        self.made_of = made_of
+        self.made_of, self.watch = made_of, watch
         self.target, self.prompts, self.engine, self.policy = target, prompts, engine, policy
         self.settings, self.out, self.prior_draws = settings, out, prior_draws
         self.source, self.stream = source, source.open(target, policy, prompts, settings.seed)
@@ -198,6 +209,8 @@ class _Loop:
                 certificate = self._certify()
                 metrics |= {"certificate": certificate.as_dict()}
                 self._judge(certificate)
+            if self.watch is not None:
+                metrics |= self.watch.alarm_at(done, metrics)
             monitor.log(done, metrics)
             last = done == self.settings.steps or self._should_stop()
             if self.out and (done % self.settings.checkpoint_every == 0 or last):
@@ -237,6 +250,7 @@ class _Loop:
         tokens = int(fresh.draws.mask.sum())
         reward = self.target.beta * fresh.log_evidence.double()
         kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
+        whole = len(index) >= len(self.prompts)
         parts = {f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()}
         return {
             "reward": float(reward.mean()),
@@ -253,6 +267,7 @@ class _Loop:
             "seconds_draw": drawn - began,
             "seconds_update": ended - drawn,
             **parts,
+            **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
         }
 
@@ -274,7 +289,8 @@ class _Loop:
 
     def _should_stop(self) -> bool:
         late = 0 < self.settings.seconds <= time.perf_counter() - self.began
-        return late or 0 < self.settings.patience <= self.stale
+        hacked = self.settings.stop_on_hacking and self.watch is not None and self.watch.alarm is not None
+        return hacked or late or 0 < self.settings.patience <= self.stale
 
     def _place(self, step: int) -> float:
         """How far the run is, in steps: by the count, or by the clock if that says more."""
@@ -296,6 +312,7 @@ class _Loop:
             "source": getattr(self.source, "identity", _name(self.source)),
             "policy": self.made_of,
             "weights": f"{sum(v.numel() for v in weights.values())} numbers in {len(weights)} tensors",
+            "gold": self.watch.name if self.watch else None,
             **{name: getattr(self.settings, name) for name in SAME_RUN},
         }
 
@@ -316,6 +333,7 @@ class _Loop:
             "metrics_bytes": monitor.position(),
             "best_elbo": self.best_elbo if self.best_elbo > -float("inf") else None,
             "stale": self.stale,
+            "gold": self.watch.state() if self.watch else None,
         }
         checkpoint.write(self.out / "checkpoints", checkpoint.Checkpoint(step, tensors, values))
 
@@ -343,6 +361,8 @@ class _Loop:
             kept = {name[7:]: value for name, value in saved.tensors.items() if name.startswith("stream.")}
             self.stream.remember(kept, saved.values["stream"])
         self.stale = int(saved.values["stale"])
+        if self.watch is not None:
+            self.watch.restore(saved.values["gold"])
         best = saved.values["best_elbo"]
         self.best_elbo = -float("inf") if best is None else float(best)
         monitor.rewind(int(saved.values["metrics_bytes"]))
@@ -364,20 +384,6 @@ def refuse_earlier(out: Path) -> None:
         raise InputError(
             f"out {str(out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
         )
-
-
-def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
-    """The prompts of a step: every prompt once an epoch, in an order that depends on seed and epoch only."""
-    chosen: list[int] = []
-    size = min(size, prompts)
-    position = step * size
-    while len(chosen) < size:
-        epoch, offset = divmod(position, prompts)
-        order = torch.randperm(prompts, generator=generator(seed, "order", epoch)).tolist()
-        taken = order[offset : offset + size - len(chosen)]
-        chosen += taken
-        position += len(taken)
-    return chosen
 
 
 __all__ = ["Training", "fit", "refuse_earlier"]

@@ -87,6 +87,7 @@ class Monitor:
         self.drawn += metrics["drawn"]
         parts = [
             ("E r {:.3f}", metrics["reward"]),
+            ("gold {:.3f}", metrics.get("gold")),
             ("KL {:.2f}", metrics["kl_prior"]),
             ("ELBO {:.2f}", metrics["elbo"]),
         ]

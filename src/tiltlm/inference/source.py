@@ -18,6 +18,7 @@ from tiltlm.errors import InputError
 from tiltlm.inference.memory import DrawMemory
 from tiltlm.protocols import Claim, DecodingEngine, Policy
 from tiltlm.records import Draws, Prompts, Scored
+from tiltlm.seeds import generator
 from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target
 from tiltlm.weights import resample
@@ -368,3 +369,17 @@ __all__ = [
     "default_source",
     "require_sound",
 ]
+
+
+def batch_of(step: int, prompts: int, size: int, seed: int) -> list[int]:
+    """The prompts of a step: every prompt once an epoch, in an order that depends on seed and epoch only."""
+    chosen: list[int] = []
+    size = min(size, prompts)
+    position = step * size
+    while len(chosen) < size:
+        epoch, offset = divmod(position, prompts)
+        order = torch.randperm(prompts, generator=generator(seed, "order", epoch)).tolist()
+        taken = order[offset : offset + size - len(chosen)]
+        chosen += taken
+        position += len(taken)
+    return chosen

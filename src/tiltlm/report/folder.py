@@ -36,6 +36,7 @@ class Run:
         metrics: one mapping a step.
         certificate: `Certificate.as_dict()` of the trained policy.
         samples: one mapping a prompt, with the lists "prior", "posterior" and "policy".
+        hacking: what `tiltlm certify` keeps of lengths, log-weights and the held-out reward.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Run:
     metrics: tuple[Json, ...] = ()
     certificate: Json | None = None
     samples: tuple[Json, ...] = ()
+    hacking: Json | None = None
 
 
 def read_run(folder: Path) -> Run:
@@ -75,6 +77,7 @@ def read_what_is_there(folder: Path) -> Run:
         metrics=_read_metrics(folder / "metrics.jsonl"),
         certificate=_read(folder / "certificate.json", CERTIFICATE_KEYS, "tiltlm certify"),
         samples=tuple((_read(folder / "samples.json", ("prompts",), "tiltlm certify") or {"prompts": ()})["prompts"]),
+        hacking=_read(folder / "hacking.json", ("length", "draws", "heaviest"), "tiltlm certify"),
     )
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tiltlm.errors import InputError
-from tiltlm.report import words
+from tiltlm.report import hacking, words
 from tiltlm.report.figures import frontier_figure, training_panels
 from tiltlm.report.folder import Json, Run, finite, read_run
 from tiltlm.report.legend import legend
@@ -65,6 +65,7 @@ def render(run: Run) -> str:
         frontier_legend=legend(frontier),
         training=[(panel, embed(panel.figure)) for panel in training_panels(run)],
         steps=len(run.metrics),
+        hacking=_hacking(run),
         prompts=embed(prompts) if prompts is not None else None,
         prompts_legend=legend(prompts),
         prompt_count=_prompt_count(run),
@@ -75,6 +76,23 @@ def render(run: Run) -> str:
         notes=words.notes(run),
         recipe=_recipe(run.recipe),
     )
+
+
+def _hacking(run: Run) -> dict[str, Any] | None:
+    """The section on reward hacking; None where nothing is known."""
+    over, length = hacking.overoptimisation_figure(run), hacking.length_figure(run)
+    parts = [(panel, embed(panel.figure)) for panel in hacking.part_panels(run)]
+    if over is None and length is None and not parts:
+        return None
+    return {
+        "lines": hacking.hacking_lines(run),
+        "figure": embed(over) if over is not None else None,
+        "legend": legend(over),
+        "parts": parts,
+        "length": embed(length) if length is not None else None,
+        "length_legend": legend(length),
+        "heaviest": hacking.heaviest(run),
+    }
 
 
 def page(template: str, **values: Any) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -82,7 +82,13 @@ def train_reward_model(
     )
     trunks, parts = plan.parts(trunk, adaptation, members)
     heads = {
-        name: Head(task.kind, cast("Any", tuple(p[name][0] for p in parts)), within, task.classes, max(p[name][1] for p in parts))
+        name: Head(
+            task.kind,
+            cast("Any", tuple(p[name][0] for p in parts)),
+            within,
+            task.classes,
+            max(p[name][1] for p in parts),
+        )
         for name, task in tasks.items()
     }
     learned = RewardModel(trunks, heads, adaptation)

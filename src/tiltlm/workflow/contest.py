@@ -79,6 +79,7 @@ def contest(
             lora=run.lora(),
             evaluation=run.recipe.samples,
             exact_budget=run.recipe.exact_budget,
+            gold=run.gold,
             progress=lambda name: Monitor(console=console, what=name),
             **budget,
         )

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,7 +125,7 @@ def reward_of(source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str
         InputError: for a part, function or setting that is not there or is refused, naming it.
     """
     if isinstance(source, str):
-        return load_reward(source)
+        return load_function(source, "reward")
     if not source:
         raise InputError("reward is an empty list; give at least one part")
     found = [_term(item, lm, number) for number, item in enumerate(source, 1)]
@@ -172,7 +172,7 @@ def _function_part(settings: dict[str, Any], number: int) -> tuple[Formula, str]
             f"part {number} of the reward is a function and has the key {next(iter(settings))!r}; it may have weight, name, bounds, "
             f"clip, offset"
         )
-    function, code = load_reward(str(source))
+    function, code = load_function(str(source), "reward")
     known = None if bounds is None else _ends("bounds", bounds, number)
     return Function(function, known, name=str(name) or str(source).rpartition(":")[2]), code
 
@@ -184,8 +184,12 @@ def _ends(key: str, value: Any, number: int) -> tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
-def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
-    """A reward function named as file.py:function or package.module:function, or the folder of a learned one.
+def load_function(source: str, what: str) -> tuple[TextFunction, str]:
+    """A function of texts, for a reward, a held-out reward or a moment: file.py:function, package.module:function, or a learned reward's
+    folder.
+
+    Args:
+        what: the recipe's key, for messages.
 
     Returns:
         The function, and a hash of the code behind it (for knowing whether saved draws are still its).
@@ -197,36 +201,36 @@ def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
         return _learned(Path(source))
     place, colon, name = source.rpartition(":")
     if not colon:
-        raise InputError(f"reward is {source!r}; write it as file.py:function, or give the folder of a reward model")
+        raise InputError(f"{what} is {source!r}; write it as file.py:function, or give the folder of a reward model")
     if place.endswith(".py"):
-        module, code = _from_file(Path(place))
+        module, code = _from_file(Path(place), what)
     else:
         try:
             module = importlib.import_module(place)
         except Exception as error:  # whatever the module does
             reason = " ".join(str(error).split())
             raise InputError(
-                f"reward {source!r}: {place!r} raised {type(error).__name__} on import ({reason}); give file.py:function, "
+                f"{what} {source!r}: {place!r} raised {type(error).__name__} on import ({reason}); give file.py:function, "
                 f"install the package, or mend it"
             ) from error
         code = Path(module.__file__).read_bytes() if module.__file__ else b""
     function = getattr(module, name, None)
     if not callable(function):
         found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise InputError(f"reward {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
-    return cast("Callable[..., Sequence[float]]", function), hashlib.sha256(code).hexdigest()[:16]
+        raise InputError(f"{what} {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
+    return cast("TextFunction", function), hashlib.sha256(code).hexdigest()[:16]
 
 
-def _learned(folder: Path) -> tuple[Callable[..., Sequence[float]], str]:
+def _learned(folder: Path) -> tuple[TextFunction, str]:
     from tiltlm.reward_models.model import RewardModel
 
     code = (folder / "reward_model.json").read_bytes() + (folder / "reward_model.safetensors").read_bytes()
     return RewardModel.load(folder), hashlib.sha256(code).hexdigest()[:16]
 
 
-def _from_file(path: Path) -> tuple[Any, bytes]:
+def _from_file(path: Path, what: str) -> tuple[Any, bytes]:
     if not path.is_file():
-        raise InputError(f"reward: there is no file {str(path)!r}; give file.py:function")
+        raise InputError(f"{what}: there is no file {str(path)!r}; give file.py:function")
     spec = importlib.util.spec_from_file_location(f"tiltlm_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -237,6 +241,6 @@ def _from_file(path: Path) -> tuple[Any, bytes]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"reward file {str(path)!r} raised {type(error).__name__} on import ({reason}); mend it"
+            f"{what} file {str(path)!r} raised {type(error).__name__} on import ({reason}); mend it"
         ) from error
     return module, path.read_bytes()

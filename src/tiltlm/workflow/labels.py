@@ -16,7 +16,7 @@ from tiltlm.errors import InputError
 from tiltlm.labels import Candidates, Question, Session
 from tiltlm.seeds import generator
 from tiltlm.workflow.files import write_text
-from tiltlm.workflow.inputs import LOADERS, load_reward, read_prompts
+from tiltlm.workflow.inputs import LOADERS, load_function, read_prompts
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.run import Progress, Run
 
@@ -65,7 +65,7 @@ def members_of(source: str, session: Session) -> Tensor:
     Raises:
         InputError: if it does not.
     """
-    fn, _ = load_reward(source)
+    fn, _ = load_function(source, "members")
     world = session.candidates
     known: dict[str, Callable[[], Any]] = {
         "prompts": lambda: [world.prompts[i] for i in world.prompt_index.tolist()],

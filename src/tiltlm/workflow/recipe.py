@@ -16,6 +16,32 @@ from tiltlm.errors import InputError
 Positive = Annotated[int, Field(ge=1)]
 
 
+class MomentSpec(BaseModel):
+    """A feature of texts and the mean that it should have; see `tiltlm.Moment`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    function: str = Field(description="the feature, file.py:function or package.module:function")
+    mean: float = Field(allow_inf_nan=False, description="the mean over prompts that it should have")
+    name: str = Field("", description="how it is called in logs; the function's name by default")
+    bounds: tuple[float, float] | None = Field(None, description="smallest and largest value of the feature")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """`file.py:function=0.5`, as the flag has it."""
+        if not isinstance(value, str):
+            return value
+        function, equals, mean = value.rpartition("=")
+        if not equals or not function:
+            raise ValueError(f"moments is {value!r}; write it as file.py:function=mean")
+        return {"function": function, "mean": mean}
+
+    @property
+    def label(self) -> str:
+        return self.name or self.function.rpartition(":")[2]
+
+
 class Recipe(BaseModel):
     """What to do, and with what. Every field is a key of the YAML file and a flag of the command line."""
 
@@ -49,6 +75,8 @@ class Recipe(BaseModel):
     )
     bounds: tuple[float, float] | None = Field(None, description="smallest and largest reward; makes rejection exact")
     on_error: Literal["fail", "drop"] = Field("fail", description="completions without a usable reward")
+    moments: list[MomentSpec] = Field([], description="features and their means, file.py:function=mean")
+    gold: str | None = Field(None, description="held-out reward, never trained on: file.py:function")
 
     # plan, sample and certify
     samples: Annotated[int, Field(ge=2)] = Field(64, description="draws a prompt, for plan and certify")
@@ -88,6 +116,8 @@ class Recipe(BaseModel):
         0, description="stop after so many certificates without a better ELBO"
     )
     checkpoint_every: Positive = Field(10, description="checkpoint every so many steps")
+    gold_every: Positive = Field(1, description="judge the draws by gold every so many steps")
+    stop_on_hacking: bool = Field(False, description="stop when the reward rises while gold falls")
     trackers: list[str] = Field([], description="tensorboard, wandb, trackio")
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
@@ -96,9 +126,9 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _enough(self) -> Recipe:
         for name in ("prompts", "reward"):
-            if getattr(self, name) is None and self.data is None:
+            if getattr(self, name) is None and self.data is None and not (name == "reward" and self.moments):
                 raise ValueError(f"{name} is missing; give --{name} or write '{name}: …' into the recipe")
-        if self.reward is None and self.beta is None:
+        if self.reward is None and self.beta is None and not self.moments:
             raise ValueError("beta is missing; without a reward nothing can choose it, give --beta, for example 0.1")
         return self
 
@@ -114,6 +144,29 @@ class Recipe(BaseModel):
             raise ValueError(f"{' and '.join(sources)} are ways to get completions to learn from; give one of them")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds are {self.bounds}; give the smallest reward first, then the largest")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_fit(self) -> Recipe:
+        if not self.moments:
+            return self
+        labels = [moment.label for moment in self.moments]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"moments has {twice!r} twice; give each a name of its own, name: …")
+        if self.reward is None and (self.beta is not None or self.data is not None):
+            name = "data" if self.data is not None else "beta"
+            raise ValueError(
+                f"{name} has no meaning for moments alone, whose weights are in nats; leave it out, or add a reward"
+            )
+        if (
+            self.kl_budget is not None
+            or self.reward_goal is not None
+            or (self.reward is not None and self.beta is None)
+        ):
+            raise ValueError(
+                "beta is missing; moments beside a reward hold at one temperature, so give --beta, not a budget or goal"
+            )
         return self
 
     @property
@@ -170,7 +223,9 @@ def _yaml(file: Path) -> dict[str, Any]:
 def _beside(file: Path, name: str, value: Any) -> Any:
     if name == "reward" and isinstance(value, list):
         return [_parts_beside(file, part) for part in value]
-    if name in {"prompts", "reward", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
+    if name == "moments" and isinstance(value, list):
+        return [_moment_beside(file, moment) for moment in value]
+    if name in {"prompts", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
         path, colon, rest = value.partition(":")
         near = file.parent / path
         if near.exists() and not Path(path).is_absolute():
@@ -186,23 +241,33 @@ def _parts_beside(file: Path, part: Any) -> Any:
     return {str(key): value for key, value in (part | near).items()}
 
 
+def _moment_beside(file: Path, moment: Any) -> Any:
+    if isinstance(moment, dict) and "function" in moment:
+        return {**moment, "function": _beside(file, "reward", moment["function"])}
+    return _beside(file, "reward", moment)
+
+
 def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
     """The first fault as one sentence."""
     faults = error.errors()
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["loc"][0] == "reward":  # one fault for each thing that it might have been
+    path = [str(part) for part in fault["loc"]]
+    where = ".".join(path)
+    if path[0] == "reward":  # one fault for each thing that it might have been
         where = "reward"
     source = f" in {file}" if file is not None and where not in flags else ""
+    fields = Recipe.model_fields if len(path) < 2 else MomentSpec.model_fields  # the only nested keys
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, Recipe.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(Recipe.model_fields)}"
+        near = difflib.get_close_matches(path[-1], fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
         return f"unknown key {where!r}{source}; {hint}"
+    if fault["type"] == "missing" and len(path) > 1:
+        return f"{where} is missing{source}; write a moment as '- {{function: file.py:function, mean: 0.5}}'"
     if fault["type"] == "missing":
         return f"{where} is missing{source}; give --{where.replace('_', '-')} or write '{where}: …' into the recipe"
     if fault["type"] == "value_error":
         return str(fault["msg"]).removeprefix("Value error, ").replace(" is missing;", f" is missing{source};")
-    description = Recipe.model_fields[str(fault["loc"][0])].description
+    description = Recipe.model_fields[path[0]].description
     if where == "reward":
         return (
             f"reward is {flags.get('reward', fault['input'])!r:.80}{source}; give file.py:function, or a list of parts, each "

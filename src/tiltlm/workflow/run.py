@@ -22,6 +22,7 @@ from torch import Generator
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError, TiltWarning
+from tiltlm.evidence.moments import Moment
 from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
@@ -36,20 +37,19 @@ from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
-from tiltlm.records import Prompts, Scored, Weighted
+from tiltlm.records import Draws, Prompts, Scored, Weighted
 from tiltlm.report.card import model_card
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
-from tiltlm.weights import resample
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
+from tiltlm.workflow.inputs import load_function, read_completions, read_prompts, reward_name, reward_of
+from tiltlm.workflow.moments import load_moments, solve_moments
+from tiltlm.workflow.policies import read_policy
 from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.samples import resampled, side_by_side, signs_of_hacking
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
-
-SHOWN = 4
-"""Completions of each kind that the report shows for a prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class Run:
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self._rows, self._given_rows, self._reward, self.engine, self._teacher
+        _ = self._rows, self._given_rows, self._reward, self.gold, self._moments, self.engine, self._teacher
 
     @cached_property
     def engine(self) -> Any:
@@ -130,8 +130,35 @@ class Run:
             return Decoded(self._teacher)
         return Given(self.given) if r.data is not None else None
 
+    @cached_property
+    def gold(self) -> Reward | None:
+        """The held-out reward, in its own units."""
+        gold, on_error = self.recipe.gold, self.recipe.on_error
+        if gold is None:
+            return None
+        return Reward(load_function(gold, "gold")[0], name=gold.rpartition(":")[2], on_error=on_error)
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
+        return load_moments(self.recipe.moments)
+
+    @cached_property
+    def _matched(self) -> Any:
+        """The evidence of the moments, in nats, at the recipe's beta."""
+        r = self.recipe
+        base = self.prior if r.reward is None else self._rewarded(self.chosen_beta())
+        key = self._key(r.reward, self._reward and self._reward[1], r.beta, r.moments, self._moments[1])
+        return solve_moments(base, self._moments[0], lambda: self._drawn, r.samples, r.folder, key)
+
     def target(self, beta: float) -> Target:
-        """The target at a temperature: of the reward, or of whatever reward made the preferences."""
+        """The target at a temperature. Moments are matched at the recipe's own, where their weights are in nats."""
+        if not self.recipe.moments:
+            return self._rewarded(beta)
+        base: Any = self.prior if self.recipe.reward is None else self._rewarded(beta)
+        return base * (self.chosen_beta() * self._matched).at(beta)
+
+    def _rewarded(self, beta: float) -> Target:
+        """Of the reward alone, or of whatever reward made the preferences."""
         r = self.recipe
         if r.reward is None or self._reward is None:
             return self.prior * Preferences(beta)
@@ -160,8 +187,9 @@ class Run:
             kl_budget=r.kl_budget,
             reward_goal=r.reward_goal,
             scored=self._prior_draws(r.beta or 1.0),
+            gold=self.gold,
         )
-        if r.beta is None and r.kl_budget is None and r.reward_goal is None:
+        if r.beta is None and not r.moments and r.kl_budget is None and r.reward_goal is None:
             found = replace(found, chosen=None)
         return found
 
@@ -170,6 +198,8 @@ class Run:
         r = self.recipe
         if r.beta is not None:
             return r.beta
+        if r.moments:  # alone: evidence in nats
+            return 1.0
         if r.kl_budget is None and r.reward_goal is None:
             raise InputError("beta is missing; give --beta, or --kl-budget or --reward-goal to have it chosen")
         chosen = self._planned.chosen
@@ -181,17 +211,26 @@ class Run:
         r, key = self.recipe, self._draws_key()
         scored = load_scored(r.folder / "prior", key)
         if scored is None:
-            prior = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
-            scored = self.target(1.0).score(prior.draw(self.prompts, r.samples, Generator().manual_seed(r.seed)))
+            scored = self.target(1.0).score(self._drawn)
             save_scored(scored, r.folder / "prior", key)
         return scored.at(beta)
 
-    def _draws_key(self) -> str:
+    @cached_property
+    def _drawn(self) -> Draws:
         r = self.recipe
-        code = self._reward[1] if self._reward is not None else ""
-        parts = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.samples, r.seed, r.on_error, r.bounds]
-        parts += [r.reward, code, self.prompts.texts, self.prompts.tokens.tolist(), self.prompts.columns]
-        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+        drawing = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
+        return drawing.draw(self.prompts, r.samples, Generator().manual_seed(r.seed))
+
+    def _draws_key(self) -> str:
+        r, code = self.recipe, self._reward[1] if self._reward is not None else ""
+        return self._key(r.samples, r.seed, r.reward, code, self._matched.identity if r.moments else None)
+
+    def _key(self, *parts: Any) -> str:
+        """A hash of the prior, the prompts and what else something depends on."""
+        r, prompts = self.recipe, self.prompts
+        common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds, prompts.texts]
+        common += [prompts.tokens.tolist(), prompts.columns]
+        return hashlib.sha256(json.dumps([*common, *parts], default=str).encode()).hexdigest()
 
     # --- train ---
 
@@ -230,6 +269,7 @@ class Run:
             resume=resume,
             monitor=monitor,
             prior_draws=prior_draws,
+            gold=self.gold,
             settings=self.training_settings(),
         )
         self._write("recipe.json", self._recipe_with_versions())
@@ -255,7 +295,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
         self._write("policy/tiltlm.json", {"beta": beta, "recipe": self._recipe_with_versions()})
-        self._write_text("policy/README.md", model_card(self.recipe.folder))
+        write_text(self.recipe.folder / "policy" / "README.md", model_card(self.recipe.folder))
 
     # --- certify ---
 
@@ -278,6 +318,7 @@ class Run:
             samples=r.samples,
             prior_draws=prior_draws,
             exact_budget=r.exact_budget,
+            gold=self.gold,
             seed=r.seed + 1,
         )
         has_policy = (r.folder / "policy" / "tiltlm.json").exists()
@@ -285,7 +326,7 @@ class Run:
             self._write("certificate.json", certificate.as_dict())
             self._write_samples(target, prior_draws, certificate)
         if policy is None and has_policy:
-            self._write_text("policy/README.md", model_card(r.folder))
+            write_text(r.folder / "policy" / "README.md", model_card(r.folder))
         return certificate
 
     def _trained_beta(self, policy: str | None) -> float:
@@ -302,28 +343,14 @@ class Run:
 
     def _sampler(self, policy: str | None) -> Any:
         folder = self._policy_folder(policy)
-        if folder is None:
-            return self.prior
-        if (folder / "adapter_config.json").is_file():
-            return self.prior.policy(start=folder)
-        if (folder / "critic.json").is_file():
-            return self.prior.critic(start=folder)
-        if (folder / "config.json").is_file():
-            return self.prior.policy_of(load(folder, dtype=self.recipe.dtype, device=self.recipe.device).body)
-        raise InputError(
-            f"{str(folder)!r} holds neither an adapter, nor a critic, nor a model; run tiltlm train first, or give its folder"
-        )
+        return self.prior if folder is None else read_policy(folder, self.prior, self.recipe.dtype, self.recipe.device)
 
     def _write_samples(self, target: Target, prior_draws: Scored, certificate: Certificate) -> None:
-        """A few completions of each prompt, for the report."""
+        """What the report shows of the draws."""
         exact, _ = exact_samples(target, self.prompts, prior_draws, 0, Generator().manual_seed(self.recipe.seed))
-        kinds = {"prior": prior_draws, "posterior": exact, "policy": certificate.scored}
-        rows = []
-        for number, text in enumerate(self.prompts.texts):
-            row: dict[str, Any] = {"prompt": text if isinstance(text, str) else text[-1]["content"]}
-            row |= {kind: _shown(scored, number, target.beta) for kind, scored in kinds.items()}
-            rows.append(row)
+        rows = side_by_side(target, self.prompts, prior_draws, exact, certificate.scored)
         self._write("samples.json", {"prompts": rows})
+        self._write("hacking.json", signs_of_hacking(target, certificate, prior_draws, self.gold))
 
     # --- sample ---
 
@@ -358,14 +385,7 @@ class Run:
         else:
             sampler = self._reporting(sampler, "proposals", count_drawn)
         weighted = decoder.sample(target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed))
-        rng = Generator().manual_seed(self.recipe.seed + 1)
-        chosen = resample(weighted.log_w, weighted.scored.draws.prompt_index, len(self.prompts), count, rng)
-        reward = target.beta * weighted.scored.log_evidence
-        rows = []
-        for prompt, picks in zip(self.prompts.texts, chosen.tolist(), strict=True):
-            picked = [i for i in picks if i >= 0]
-            texts = [{"text": weighted.scored.draws.texts[i], "reward": float(reward[i])} for i in picked]
-            rows.append({"prompt": prompt, "completions": texts})
+        rows = resampled(weighted, target.beta, count, Generator().manual_seed(self.recipe.seed + 1))
         return weighted, rows
 
     def _twisted(self, decoder: Any, twist: str) -> Any:
@@ -397,16 +417,6 @@ class Run:
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
 
-    def _write_text(self, name: str, text: str) -> None:
-        write_text(self.recipe.folder / name, text)
-
 
 def _has(engine: Any, setting: str) -> bool:
     return any(field.name == setting and field.init for field in fields(engine))
-
-
-def _shown(scored: Scored | None, prompt: int, beta: float) -> list[dict[str, Any]]:
-    if scored is None:
-        return []
-    rows = (scored.draws.prompt_index == prompt).nonzero().flatten()[:SHOWN].tolist()
-    return [{"text": scored.draws.texts[i], "reward": float(beta * scored.log_evidence[i])} for i in rows]
