@@ -21,9 +21,9 @@ from typing import Any
 from tiltlm.errors import InputError
 from tiltlm.evidence.running import worker as program
 from tiltlm.evidence.running.calls import Failure, NotAsked
-from tiltlm.evidence.running.processes import MARK, end, has_ended
+from tiltlm.evidence.running.processes import end, has_ended
 from tiltlm.evidence.running.tally import count
-from tiltlm.evidence.running.worker import HEADER
+from tiltlm.evidence.running.worker import HEADER, MARK
 
 LONGEST_WAIT = 0.05
 """Seconds after which the loop looks whether a silent worker is dead: a fork may hold its socket open."""

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import psutil
 
-MARK = "TILTLM_WORKER"
-"""Environment variable that a worker and all its descendants carry; its value tells one worker's from another's."""
+from tiltlm.evidence.running.worker import MARK
+
 SWEEPS = 5
 """How often to look again for what was started while the last look was under way."""
 

@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MARK = "TILTLM_WORKER"
+"""Environment variable that a worker and all its descendants carry; its value tells one worker's from another's."""
 HEADER = struct.Struct(">Q")
 ORPHAN_POLL = 0.5
 """Seconds between two looks at whether the parent is still there."""
@@ -168,9 +170,14 @@ def _limit(memory: int | None) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End the whole process group once the parent is gone without a word, as after SIGKILL."""
+    """End everything once the parent is gone without a word, as after SIGKILL: what fled, where /proc shows it, and the group."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_POLL)
+    own = f"{MARK}={os.environ.get(MARK)}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(entry.name) != os.getpid() and own in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
