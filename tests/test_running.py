@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,8 @@ import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from test_reward import draws
 from tiltlm.evidence.running import Batched, Cached, Isolated, Retried, concurrently, counting, safely
+from tiltlm.evidence.running.tally import SlowRewardWatch, Tally
 from tiltlm.evidence.running.worker import MARK
-from tiltlm.lm.load import load
 
 FUNCTIONS = """
 import ctypes, math, os, signal, subprocess, sys, time
@@ -258,7 +259,9 @@ class TestIsolation:
         assert {what: tally.counts[what] for what in ("timed_out", "died") if tally.counts[what]} == counted
         assert tally.counts["failed"] == 1
         assert tally.counts["calls"] == 1 + 4
-        with pytest.raises(tl.InputError, match=f"reward '{name}' {says} for completion 'bad'; mend the reward, or set"):
+        with pytest.raises(
+            tl.InputError, match=f"reward '{name}' {says} for completion 'bad'; mend the reward, or set"
+        ):
             judged(fn, on_error="fail")
 
     def test_under_fail_nothing_more_is_asked(self, isolated):
@@ -267,7 +270,9 @@ class TestIsolation:
         assert tally.counts["calls"] == 2
 
     def test_too_slow_together_is_judged_one_by_one_and_said(self, isolated):
-        with pytest.warns(tl.TiltWarning, match="'slow' took more than 0.6 s for 4 completions together.*set batch to fewer"):
+        with pytest.warns(
+            tl.TiltWarning, match="'slow' took more than 0.6 s for 4 completions together.*set batch to fewer"
+        ):
             assert judged(isolated("slow", timeout=0.6)) == [4, 3, 0, 4]
         assert judged(Batched(isolated("slow", timeout=0.6), 1)) == [4, 3, 0, 4]
 
@@ -475,7 +480,9 @@ class TestBatchesAndCache:
             before = len(asked)
             with counting() as tally:
                 given = draws(columns={"answer": answer, "unread": (object(), 0)})
-                assert judged(kept, given=given) == [float(a in c) for c, a in zip(given.texts, [answer[0]] * 2 + [answer[1]] * 2)]
+                assert judged(kept, given=given) == [
+                    float(a in c) for c, a in zip(given.texts, [answer[0]] * 2 + [answer[1]] * 2, strict=True)
+                ]
             assert len(asked) - before == new
             assert tally.counts["cached"] == 4 - new
 
@@ -519,7 +526,10 @@ class TestBatchesAndCache:
     def test_other_code_has_other_values(self, tmp_path):
         file = tmp_path / "rewards.sqlite"
         for version, value in (("1", 0.25), ("2", 0.5), ("1", 0.25)):
-            assert judged(Cached(lambda completions, v=value: [v] * len(completions), path=file, version=version)) == [value] * 4
+            assert (
+                judged(Cached(lambda completions, v=value: [v] * len(completions), path=file, version=version))
+                == [value] * 4
+            )
 
     def test_values_are_exact(self, tmp_path):
         values = [0.1 + 0.2, -1e-308, 5e-324, 1.7976931348623157e308]
@@ -544,10 +554,11 @@ class TestBatchesAndCache:
     def test_a_file_that_is_none(self, tmp_path):
         (tmp_path / "c").write_text("something else, and long enough to have a header of its own" * 20)
         with pytest.raises(tl.InputError, match="cache .*c' cannot be used .*not a database.*; delete it, or choose"):
-            Cached(length, path=tmp_path / "c")
+            judged(Cached(length, path=tmp_path / "c"))
 
     def test_a_file_that_breaks_costs_a_warning(self, tmp_path):
         kept = Cached(length, path=tmp_path / "c")
+        judged(kept, given=draws(("a", "b")))
         with sqlite3.connect(tmp_path / "c") as other:
             other.execute("DROP TABLE rewards")
         with pytest.warns(tl.TiltWarning, match="cannot be used any more"):
@@ -699,6 +710,24 @@ class TestCoroutines:
             concurrently(TestCoroutines.test_refusals, limit=0)
 
 
+class TestSlowRewards:
+    def look(self, steps, reward, others):
+        watch = SlowRewardWatch()
+        for _ in range(steps):
+            watch.look(Tally(seconds=Counter({"fast": 0.1 * reward, "slow": 0.9 * reward})), reward + others)
+
+    def test_are_said_once(self):
+        with pytest.warns(
+            tl.TiltWarning, match="the reward took 75% of the time so far, most of it 'slow'.*reward_workers"
+        ) as said:
+            self.look(20, 3.0, 1.0)
+        assert len(said) == 1
+
+    def test_others_are_not(self):
+        self.look(1, 4.0, 0.0)
+        self.look(100, 0.9, 1.0)
+
+
 def test_all_layers_together(source, tmp_path):
     fn = safely(source("sleeps"), workers=2, timeout=0.7, batch=2, retries=1, cache=tmp_path / "c", version="1")
     assert fn.__name__ == "sleeps"
@@ -714,3 +743,100 @@ def test_an_isolated_function_can_be_pickled(isolated):
     with pickle.loads(pickle.dumps(isolated("length", timeout=3))) as again:
         assert again.settings["timeout"] == 3
         assert judged(again) == [4, 3, 0, 4]
+
+
+class TestTraining:
+    """A tiny Llama learns from a reward that hangs for some completions."""
+
+    REWARD = """
+import os, subprocess, time
+
+def often(completions):
+    for c in completions:
+        if len(c) % 4 == 3:
+            subprocess.Popen(["sleep", "3607"], start_new_session=True)
+            time.sleep(3600)
+    return [len(set(c)) % 8 / 8 for c in completions]
+
+def once(completions):
+    if any(completions):
+        print("hanging", flush=True)
+        time.sleep(3600)
+    return [0.5] * len(completions)
+"""
+
+    def recipe(self, folder, name, **changes):
+        make_model("llama").save_pretrained(folder / "model")
+        make_tokenizer().save_pretrained(folder / "model")
+        (folder / "prompts.txt").write_text("the film\na quiet story\n")
+        (folder / "reward.py").write_text(self.REWARD)
+        settings = {
+            "model": "model",
+            "prompts": "prompts.txt",
+            "reward": f"reward.py:{name}",
+            "beta": 0.2,
+            "max_new_tokens": 4,
+            "steps": 2,
+            "batch": 1,
+            "group": 4,
+            "lora_r": 2,
+            "reward_timeout": 0.5,
+            "reward_workers": 2,
+            "on_error": "drop",
+            "out": "run",
+            **changes,
+        }
+        return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+    def test_it_goes_through_and_counts(self, tmp_path, monkeypatch, cli):
+        monkeypatch.chdir(tmp_path)
+        ended = cli("train", *self.recipe(tmp_path, "often"), "--reward-cache")
+        assert ended.code == 0, ended.err
+        assert marked() == []
+        rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == 2
+        dropped = sum(row["dropped"] for row in rows)
+        assert 0 < dropped < 8
+        assert sum(row["reward_calls/failed"] for row in rows) == dropped
+        assert sum(row["reward_calls/timed_out"] for row in rows) >= dropped
+        assert sum(row["seconds_reward"] for row in rows) > 0.5
+        assert all(row["seconds_reward"] <= row["seconds_draw"] for row in rows)
+        with sqlite3.connect("run/rewards.sqlite") as cache:
+            assert cache.execute("SELECT count(*) FROM rewards").fetchone()[0] == 8 - dropped
+
+    def test_ctrl_c_while_the_reward_hangs_leaves_nothing(self, tmp_path):
+        flags = self.recipe(tmp_path, "once", reward_timeout=3600)
+        command = [sys.executable, "-m", "tiltlm", "train", *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=tmp_path, **pipes, **fresh()) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "hanging\n", process.stderr.read()
+                assert marked()
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert marked() == []
+
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            (["--reward", "none.py:good", "--reward-workers", "1"], "reward: there is no file 'none.py'"),
+            (["--reward", "no_such.mod:good", "--reward-workers", "1"], "there is no module 'no_such.mod'"),
+            (["--reward", "rewards.py:goood", "--reward-workers", "1"], "has no function 'goood'; it has good, odd"),
+            (["--reward", "rewards.py:good", "--reward-timeout", "0"], "reward_timeout is 0"),
+            (["--reward", "rewards.py:good", "--reward-batch", "0"], "reward_batch is 0"),
+        ],
+    )
+    def test_refusals(self, refused, here, flags, says):
+        assert says in refused("plan", "recipe.yaml", *flags)
+
+    def test_the_same_plan_with_workers(self, cli, here):
+        assert cli("plan", "recipe.yaml").code == 0
+        plain = json.loads(Path("run/plan.json").read_text())
+        flags = ["--out", "other", "--reward-workers", "2", "--reward-batch", "7", "--reward-cache"]
+        assert cli("plan", "recipe.yaml", *flags).code == 0
+        assert json.loads(Path("other/plan.json").read_text()) == plain

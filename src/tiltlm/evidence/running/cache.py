@@ -43,8 +43,8 @@ class Cached(Layer):
             source code, where it has them: code that it calls is not seen, so change the version, or the file, with that.
 
     Raises:
-        InputError: if the file is no cache, or the function has no source to be known by and no version; when called, if a
-            column that the function reads cannot be a key.
+        InputError: if the function has no source to be known by and no version; when called, if the file is no cache or a column
+            that the function reads cannot be a key.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Cached(Layer):
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
+        super().close()
         if self._file is not None:
             self._file.close()
 
@@ -112,14 +113,19 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path, self._said = path, False
         self._lock = threading.Lock()
-        self._open()
+        self._end: Any = None
 
-    def _open(self) -> sqlite3.Connection:
+    def _live(self) -> sqlite3.Connection:
+        """The connection, opened when first needed."""
+        if self._end is not None and self._end.alive:
+            return self._connection
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=BUSY, check_same_thread=False)
-            with self._connection as open_file:
-                open_file.execute("CREATE TABLE IF NOT EXISTS rewards (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
+            with self._connection as transaction:
+                transaction.execute(
+                    "CREATE TABLE IF NOT EXISTS rewards (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID"
+                )
         except (OSError, sqlite3.Error) as error:
             raise InputError(
                 f"cache {str(self.path)!r} cannot be used ({error}); delete it, or choose another file"
@@ -148,10 +154,8 @@ class _File:
                 self._warn(error)
 
     def close(self) -> None:
-        self._end()
-
-    def _live(self) -> sqlite3.Connection:
-        return self._connection if self._end.alive else self._open()
+        if self._end is not None:
+            self._end()
 
     def _warn(self, error: sqlite3.Error) -> None:
         if not self._said:

@@ -81,6 +81,16 @@ class Layer(ABC):
     def attempt(self, request: Request) -> list[Any]:
         """An answer for each completion; nothing is searched for."""
 
+    def load(self) -> None:
+        """Do now what could fail before the first call, such as loading the function in a worker."""
+        if isinstance(self.fn, Layer):
+            self.fn.load()
+
+    def close(self) -> None:
+        """Give back what is held: processes, files. A later call takes it anew."""
+        if isinstance(self.fn, Layer):
+            self.fn.close()
+
     def __call__(self, **arguments: Sequence[Any]) -> list[Any]:
         first = next(iter(arguments.values()), ())
         answers = answers_of(self, Request(arguments, len(first), stop=True))

@@ -80,6 +80,14 @@ class Isolated(Layer):
             answers += _answers(part.count, reply)
         return answers
 
+    def load(self) -> None:
+        """Load the function in a worker.
+
+        Raises:
+            InputError: if it cannot be loaded.
+        """
+        self._pool.load()
+
     def close(self) -> None:
         """End the workers; a later call starts new ones."""
         self._pool.close()
