@@ -66,7 +66,7 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
     assert len(reward(completions=["a good film", "a bad film"])) == 2
 
 
-@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md"])
+@pytest.mark.parametrize("page", ["docs/ways.md", "docs/explain.md", "docs/rewards-running.md"])
 def test_the_examples_of_a_page(tiny_embedded_model, capsys, page):
     for code in blocks(page):
         exec(compile(code, page, "exec"), {})

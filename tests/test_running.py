@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -714,7 +713,9 @@ class TestSlowRewards:
     def look(self, steps, reward, others):
         watch = SlowRewardWatch()
         for _ in range(steps):
-            watch.look(Tally(seconds=Counter({"fast": 0.1 * reward, "slow": 0.9 * reward})), reward + others)
+            tally = Tally()
+            tally.seconds.update(fast=0.1 * reward, slow=0.9 * reward)
+            watch.look(tally, reward + others)
 
     def test_are_said_once(self):
         with pytest.warns(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tiltlm.evidence.preferences import Preferences
     from tiltlm.evidence.reward import Reward
     from tiltlm.evidence.reward_law import RewardLaw, reward_law
+    from tiltlm.evidence.running import Batched, Cached, Isolated, Retried, concurrently, counting, safely
     from tiltlm.evidence.win_rate import BestOfNReward, WinRate
     from tiltlm.explanation import explain
     from tiltlm.explanation.verdict import Explanation
@@ -71,8 +72,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BOND": "inference.training.filtered.bond",
+    "Batched": "evidence.running",
     "BestOfN": "inference.decoding.best_of_n",
     "BestOfNReward": "evidence.win_rate",
+    "Cached": "evidence.running",
     "Certificate": "diagnostics.certificate",
     "Comparison": "inference.compare",
     "Constraint": "evidence.constraint",
@@ -95,6 +98,7 @@ _HOME = {
     "Importance": "inference.decoding.importance",
     "InputError": "errors",
     "Interval": "records",
+    "Isolated": "evidence.running",
     "IteratedRAFT": "inference.training.filtered.raft",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",
@@ -115,6 +119,7 @@ _HOME = {
     "Reinforce": "inference.training.policy_gradients.reinforce",
     "Rejection": "inference.decoding.rejection",
     "Replay": "inference.source",
+    "Retried": "evidence.running",
     "Reward": "evidence.reward",
     "RewardLaw": "evidence.reward_law",
     "SARSA": "inference.training.values.sarsa",
@@ -136,6 +141,8 @@ _HOME = {
     "WinRate": "evidence.win_rate",
     "certify": "diagnostics.certificate",
     "compare": "inference.compare",
+    "concurrently": "evidence.running",
+    "counting": "evidence.running",
     "demonstrations": "lm.given",
     "explain": "explanation",
     "fit": "inference.fit",
@@ -146,6 +153,7 @@ _HOME = {
     "preferences": "lm.given",
     "prefix_evidence": "inference.decoding.smc",
     "reward_law": "evidence.reward_law",
+    "safely": "evidence.running",
 }
 
 __all__ = [
@@ -162,8 +170,10 @@ __all__ = [
     "SARSA",
     "SFT",
     "SMC",
+    "Batched",
     "BestOfN",
     "BestOfNReward",
+    "Cached",
     "Certificate",
     "Comparison",
     "Constraint",
@@ -181,6 +191,7 @@ __all__ = [
     "Importance",
     "InputError",
     "Interval",
+    "Isolated",
     "IteratedRAFT",
     "LanguageModel",
     "LoRA",
@@ -197,6 +208,7 @@ __all__ = [
     "Reinforce",
     "Rejection",
     "Replay",
+    "Retried",
     "Reward",
     "RewardLaw",
     "Scored",
@@ -215,6 +227,8 @@ __all__ = [
     "WinRate",
     "certify",
     "compare",
+    "concurrently",
+    "counting",
     "demonstrations",
     "explain",
     "fit",
@@ -225,6 +239,7 @@ __all__ = [
     "preferences",
     "prefix_evidence",
     "reward_law",
+    "safely",
 ]
 
 

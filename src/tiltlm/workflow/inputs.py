@@ -116,34 +116,11 @@ def load_reward(source: str) -> tuple[Callable[..., Sequence[float]], str]:
     if not callable(function):
         found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(f"reward {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
-    return cast("Callable[..., Sequence[float]]", function), _hash(code)
+    return cast("Callable[..., Sequence[float]]", function), hash_of(code)
 
 
-def code_of(source: str) -> str:
-    """The hash that `load_reward` gives, without importing the code: for a function that only worker processes run.
-
-    Raises:
-        InputError: if there is no such file or module.
-    """
-    place, _, _ = source.rpartition(":")
-    if place.endswith(".py"):
-        path = Path(place)
-    else:
-        try:
-            found = importlib.util.find_spec(place) if place else None
-        except (ImportError, ValueError):
-            found = None
-        if found is None:
-            raise InputError(
-                f"reward {source!r}: there is no module {place!r}; give file.py:function, or install the package"
-            )
-        path = Path(found.origin or "")
-    if not path.is_file():
-        raise InputError(f"reward: there is no file {str(path)!r}; give file.py:function")
-    return _hash(path.read_bytes())
-
-
-def _hash(code: bytes) -> str:
+def hash_of(code: bytes) -> str:
+    """What code is known by."""
     return hashlib.sha256(code).hexdigest()[:16]
 
 

@@ -23,8 +23,7 @@ from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
-from tiltlm.evidence.running import safely
-from tiltlm.evidence.running.calls import Layer, TextFunction
+from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, training_engines
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.smc import prefix_evidence
@@ -41,8 +40,9 @@ from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.weights import resample
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import code_of, load_reward, read_completions, read_prompts
+from tiltlm.workflow.inputs import read_completions, read_prompts
 from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.rewards import close, reward_of
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
@@ -94,37 +94,16 @@ class Run:
 
     @cached_property
     def _reward(self) -> tuple[TextFunction, str] | None:
-        """The reward with what the recipe says of how to run it, and a hash of its code."""
-        r = self.recipe
-        if r.reward is None:
-            return None
-        if r.reward_workers or r.reward_timeout is not None or r.reward_memory is not None:
-            fn, code = r.reward, code_of(r.reward)  # only the workers import it
-        else:
-            fn, code = load_reward(r.reward)
-        wrapped = safely(
-            fn,
-            workers=r.reward_workers,
-            timeout=r.reward_timeout,
-            memory=r.reward_memory,
-            batch=r.reward_batch,
-            retries=r.reward_retries,
-            cache=r.folder / "rewards.sqlite" if r.reward_cache else False,
-            version=f"{r.reward} {code}",
-        )
-        return wrapped, code
+        return None if self.recipe.reward is None else reward_of(self.recipe, self.recipe.reward)
 
     def close(self) -> None:
-        """End the reward's worker processes and close its file, if it has any; a later step opens them again."""
-        fn = None if self.__dict__.get("_reward") is None else self.__dict__["_reward"][0]  # not to load it for this
-        if isinstance(fn, Layer):
-            fn.close()
+        """End what the reward holds, worker processes and files; a later step takes them anew."""
+        if self.__dict__.get("_reward") is not None:  # not to load it for this
+            close(self._reward)
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self._rows, self._given_rows, self.engine, self._teacher
-        if self._reward is not None and isinstance(self._reward[0], Layer):
-            self._reward[0].load()
+        _ = self._rows, self._given_rows, self._reward, self.engine, self._teacher
 
     @cached_property
     def engine(self) -> Any:

@@ -86,7 +86,7 @@ class Cached(Layer):
             texts = [json.dumps([self._salt, names, row]) for row in rows]
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"the cache of {self.__name__!r} cannot use its arguments {', '.join(names)} as a key ({error}); let it read plain "
+                f"the cache of {self._label()!r} cannot use its arguments {', '.join(names)} as a key ({error}); let it read plain "
                 f"values only, or turn the cache off"
             ) from error
         return [hashlib.sha256(text.encode()).digest() for text in texts]

@@ -99,14 +99,15 @@ class Layer(ABC):
                 raise answer
         return answers
 
-    @property
-    def __name__(self) -> str:
-        return label_of(self.fn)
-
     def __getattr__(self, name: str) -> Any:
-        if name == "__signature__":  # of the instance, not of the class, which has its own
+        if name == "__name__":  # both are the instance's; the class has its own
+            return self._label()
+        if name == "__signature__":
             return self._signature()
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _label(self) -> str:
+        return label_of(self.fn)
 
     def _signature(self) -> inspect.Signature:
         return inspect.signature(self.fn)

@@ -105,10 +105,9 @@ class Isolated(Layer):
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None)
-        return f"Isolated({self.__name__}, {settings})"
+        return f"Isolated({self._label()}, {settings})"
 
-    @property
-    def __name__(self) -> str:
+    def _label(self) -> str:
         return self.given.rpartition(":")[2] if isinstance(self.given, str) else label_of(self.given)
 
     @property

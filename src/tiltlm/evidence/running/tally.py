@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,7 +35,7 @@ class Tally:
     """
 
     counts: Counter[What] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def metrics(self) -> dict[str, float]:
         """As a training run logs them."""
@@ -79,18 +79,19 @@ class SlowRewardWatch:
     """Warns once if the reward is what a run waits for."""
 
     def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._all, self._said = 0.0, False
 
     def look(self, tally: Tally, seconds: float) -> None:
         """One step's tally, and the seconds that the step took."""
-        self._seconds += tally.seconds
+        for label, taken in tally.seconds.items():
+            self._seconds[label] += taken
         self._all += seconds
         spent = sum(self._seconds.values())
         if self._said or spent < SLOW_SECONDS or spent < SLOW_SHARE * self._all:
             return
         self._said = True
-        ((slowest, _),) = self._seconds.most_common(1)
+        slowest = max(self._seconds, key=self._seconds.__getitem__)
         warnings.warn(
             f"the reward took {spent / self._all:.0%} of the time so far, most of it {slowest!r}; judge completions side by side "
             f"with reward_workers, or keep what is deterministic with reward_cache",
