@@ -25,7 +25,7 @@ from tiltlm.evidence.running.tally import SlowRewardWatch, Tally
 from tiltlm.evidence.running.worker import MARK
 
 FUNCTIONS = """
-import ctypes, math, os, signal, subprocess, sys, time
+import ctypes, math, os, pathlib, signal, subprocess, sys, time
 
 def length(completions):
     return [float(len(c)) for c in completions]
@@ -37,8 +37,14 @@ def everything(**kwargs):
     return [float(len(kwargs))] * len(kwargs["completions"])
 
 def where(completions):
-    time.sleep(0.5)
     return [float(os.getpid())] * len(completions)
+
+def meet(completions):
+    here = pathlib.Path(__file__).parent
+    (here / f"{os.getpid()}.pid").touch()
+    while len(list(here.glob("*.pid"))) < 2:
+        time.sleep(0.01)
+    return where(completions)
 
 def sleeps(completions):
     if "bad" in completions:
@@ -214,7 +220,7 @@ class TestIsolation:
         assert first[0] != os.getpid()
 
     def test_a_batch_is_shared_out(self, isolated):
-        assert len(set(judged(isolated("where", workers=2)))) == 2
+        assert len(set(judged(isolated("meet", workers=2, timeout=20)))) == 2
 
     def test_arguments_columns_defaults_and_name_are_the_functions_own(self, isolated):
         fn = isolated("answered")
