@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tiltlm.evidence.preferences import Preferences
     from tiltlm.evidence.reward import Reward
     from tiltlm.evidence.reward_law import RewardLaw, reward_law
+    from tiltlm.evidence.running import Batched, Cached, Isolated, Retried, concurrently, counting, safely
     from tiltlm.evidence.uncertain import (
         EvidenceAverage,
         LogPool,
@@ -92,8 +93,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BOND": "inference.training.filtered.bond",
+    "Batched": "evidence.running",
     "BestOfN": "inference.decoding.best_of_n",
     "BestOfNReward": "evidence.win_rate",
+    "Cached": "evidence.running",
     "Calibration": "reward_models.calibration",
     "Certificate": "diagnostics.certificate",
     "Comparison": "inference.compare",
@@ -118,6 +121,7 @@ _HOME = {
     "Importance": "inference.decoding.importance",
     "InputError": "errors",
     "Interval": "records",
+    "Isolated": "evidence.running",
     "IteratedRAFT": "inference.training.filtered.raft",
     "Lagging": "inference.lagging",
     "LanguageModel": "lm.load",
@@ -144,6 +148,7 @@ _HOME = {
     "Reinforce": "inference.training.policy_gradients.reinforce",
     "Rejection": "inference.decoding.rejection",
     "Replay": "inference.source",
+    "Retried": "evidence.running",
     "Reward": "evidence.reward",
     "RewardLaw": "evidence.reward_law",
     "RewardModel": "reward_models.model",
@@ -171,6 +176,8 @@ _HOME = {
     "certify": "diagnostics.certificate",
     "check_reward_model": "reward_models.calibration",
     "compare": "inference.compare",
+    "concurrently": "evidence.running",
+    "counting": "evidence.running",
     "demonstrations": "lm.given",
     "explain": "explanation",
     "fit": "inference.fit",
@@ -187,6 +194,7 @@ _HOME = {
     "prefix_evidence": "inference.decoding.smc",
     "prior_rewards": "evidence.members",
     "reward_law": "evidence.reward_law",
+    "safely": "evidence.running",
     "train_reward_model": "reward_models.train",
 }
 
@@ -204,8 +212,10 @@ __all__ = [
     "SARSA",
     "SFT",
     "SMC",
+    "Batched",
     "BestOfN",
     "BestOfNReward",
+    "Cached",
     "Calibration",
     "Certificate",
     "Comparison",
@@ -225,6 +235,7 @@ __all__ = [
     "Importance",
     "InputError",
     "Interval",
+    "Isolated",
     "IteratedRAFT",
     "Lagging",
     "LanguageModel",
@@ -247,6 +258,7 @@ __all__ = [
     "Reinforce",
     "Rejection",
     "Replay",
+    "Retried",
     "Reward",
     "RewardLaw",
     "RewardModel",
@@ -271,6 +283,8 @@ __all__ = [
     "certify",
     "check_reward_model",
     "compare",
+    "concurrently",
+    "counting",
     "demonstrations",
     "explain",
     "fit",
@@ -288,6 +302,7 @@ __all__ = [
     "prior_rewards",
     "reward_law",
     "rewards",
+    "safely",
     "train_reward_model",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -41,6 +42,8 @@ DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/impo
 
 console = Console()
 stderr = Console(stderr=True)
+at_end = ExitStack()
+"""What is to be closed when the command ends, however it ends."""
 
 app.add_typer(labels, name="labels")
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
@@ -49,7 +52,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="also write the result
 
 
 @app.command(epilog="Examples: tiltlm plan recipes/film.yaml · tiltlm plan recipes/film.yaml --beta 0.1 --samples 256")
-@recipe_command("Prior", "Evidence", "Samples", "Run")
+@recipe_command("Prior", "Evidence", "Running the reward", "Samples", "Run")
 def plan(recipe: Recipe, json_file: Json = None) -> None:
     """Predict reward and KL at every beta, from prior samples alone."""
     _require_writable(json_file)
@@ -64,7 +67,7 @@ def plan(recipe: Recipe, json_file: Json = None) -> None:
 
 
 @app.command(epilog="Examples: tiltlm train recipes/film.yaml · tiltlm train recipes/film.yaml --resume")
-@recipe_command("Prior", "Evidence", "Training", "Samples", "Run")
+@recipe_command("Prior", "Evidence", "Running the reward", "Training", "Samples", "Run")
 def train(
     recipe: Recipe,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False,
@@ -85,7 +88,7 @@ def train(
 
 
 @app.command(epilog="Examples: tiltlm certify recipes/film.yaml · tiltlm certify recipes/film.yaml --policy prior")
-@recipe_command("Prior", "Evidence", "Samples", "Run")
+@recipe_command("Prior", "Evidence", "Running the reward", "Samples", "Run")
 def certify(
     recipe: Recipe,
     policy: Annotated[
@@ -108,7 +111,7 @@ def certify(
 @app.command(
     epilog="Examples: tiltlm sample recipes/film.yaml --engine rejection --count 2 · … --proposal runs/film/policy"
 )
-@recipe_command("Prior", "Evidence", "Run")
+@recipe_command("Prior", "Evidence", "Running the reward", "Run")
 def sample(
     recipe: Recipe,
     engine: Annotated[str, typer.Option(help="a decoding engine; tiltlm engines lists them")] = "importance",
@@ -149,7 +152,7 @@ def sample(
 @app.command(
     epilog="Examples: tiltlm compare recipes/film.yaml --budget 2048 · … --engines prior,rloo,var-grad+replay,rloo/smc --seconds 60"
 )
-@recipe_command("Prior", "Evidence", "Training", "Samples", "Run")
+@recipe_command("Prior", "Evidence", "Running the reward", "Training", "Samples", "Run")
 def compare(
     recipe: Recipe,
     engines: Annotated[
@@ -274,7 +277,9 @@ def _run(recipe: Recipe, bars: DrawBars) -> Any:
     from tiltlm.workflow.run import Run
 
     quieten()
-    return Run(recipe, progress=bars.bar)
+    run = Run(recipe, progress=bars.bar)
+    at_end.callback(run.close)
+    return run
 
 
 def _print_hacking(run: Path, certified: bool = True) -> None:
@@ -310,7 +315,8 @@ def run() -> None:
     """Entry point: what the user can mend is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="tiltlm", standalone_mode=False)
+        with at_end:
+            code = app(args=sys.argv[1:] or ["--help"], prog_name="tiltlm", standalone_mode=False)
     except USAGE_ERROR as error:
         _stop(_usage(error))
     except (InputError, FloatingPointError) as error:

@@ -29,6 +29,14 @@ GROUPS = {
         "stop",
     ),
     "Evidence": ("reward", "beta", "kl_budget", "reward_goal", "bounds", "on_error", "moments", "gold"),
+    "Running the reward": (
+        "reward_batch",
+        "reward_workers",
+        "reward_timeout",
+        "reward_memory",
+        "reward_retries",
+        "reward_cache",
+    ),
     "Run": ("out", "seed"),
     "Samples": ("samples", "exact_budget"),
     "Training": (

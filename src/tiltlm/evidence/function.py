@@ -15,21 +15,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiltlm.errors import InputError
+from tiltlm.evidence.running.calls import NotAsked, Request, TextFunction, answers_of, label_of, told
+from tiltlm.evidence.running.tally import count, timed
+from tiltlm.evidence.running.worker import Unusable
 from tiltlm.records import Draws
-
-TextFunction = Callable[..., Sequence[float]]
-"""`fn(prompts=…, completions=…, completion_ids=…, **columns)`, by name, any of them -> one value a completion."""
 
 OnError = Literal["fail", "drop"]
 
 Fault = Callable[[Any], str | None]
 """What is wrong with one returned value, as the end of a sentence; None if nothing is."""
-
-
-def label_of(fn: TextFunction) -> str:
-    """What a function is called where the user gave it no name: its `label` if it has one, as named parts do."""
-    label = getattr(fn, "label", None)
-    return label if isinstance(label, str) else getattr(fn, "__name__", type(fn).__name__)
 
 
 def values_of(
@@ -49,9 +43,10 @@ def values_of(
         InputError: naming the completion and its fault; or if the function does not return one value a completion.
     """
     who = f"{kind} {label!r}"
-    returned = _returned(fn, draws, who, on_error)
-    faults = [_raised(value) if isinstance(value, Exception) else fault(value) for value in returned]
-    wrong = next((row for row, found in enumerate(faults) if found is not None), None)
+    returned = _returned(fn, draws, who, label, on_error)
+    faults = [told(value) if isinstance(value, Exception) else fault(value) for value in returned]
+    wrong = next((row for row, found in enumerate(faults) if found and not isinstance(returned[row], NotAsked)), None)
+    count("failed", sum(isinstance(value, Exception) for value in returned))
     if wrong is not None and on_error == "fail":
         raise InputError(
             f"{who} {faults[wrong]} for completion {draws.texts[wrong]!r:.120}; mend the {kind}, or set "
@@ -70,7 +65,7 @@ def number_fault(bounds: tuple[float, float] | None) -> Fault:
             return "is None"
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return f"is {value!r:.60}, which is not a number,"
         if not math.isfinite(number):
             return f"is {number}"
@@ -89,46 +84,16 @@ def truth_fault(value: Any) -> str | None:
         return f"is {value!r:.60}, which is neither true nor false,"
 
 
-def _returned(fn: TextFunction, draws: Draws, who: str, on_error: OnError) -> Sequence[Any]:
+def _returned(fn: TextFunction, draws: Draws, who: str, label: str, on_error: OnError) -> Sequence[Any]:
     """What the function says of each completion: a value, or the exception that it raised for it."""
     if not len(draws):
         return []
-    try:
-        returned: Any = fn(**_arguments(fn, draws, who))
-    except InputError:
-        raise
-    except Exception as error:
-        return _one_by_one(fn, draws, who, on_error, error)
-    if isinstance(returned, torch.Tensor):
-        raise InputError(
-            f"{who} returned a tensor of shape {tuple(returned.shape)}; return a list with one number a completion, for "
-            f"example rewards.tolist()"
-        )
-    if hasattr(returned, "tolist"):  # arrays and series
-        returned = returned.tolist()
-    if not isinstance(returned, Sequence) or isinstance(returned, str):
-        raise InputError(f"{who} returned {type(returned).__name__}; return a list with one number a completion")
-    if len(returned) != len(draws):
-        raise InputError(f"{who} returned {len(returned)} values for {len(draws)} completions; return one a completion")
-    return returned
-
-
-def _one_by_one(fn: TextFunction, draws: Draws, who: str, on_error: OnError, error: Exception) -> Sequence[Any]:
-    """The function raised for a batch: find the completions at fault (the first of them, if that is the end)."""
-    values: list[Any] = []
-    for row in range(len(draws)):
+    with timed(label):
+        request = Request(_arguments(fn, draws, who), len(draws), stop=on_error == "fail")
         try:
-            (value,) = fn(**_arguments(fn, draws.select(torch.tensor([row])), who))
-        except Exception as own:
-            value = own
-        values.append(value)
-        if isinstance(value, Exception) and on_error == "fail":
-            return [*values, *[0.0] * (len(draws) - len(values))]
-    if not any(isinstance(value, Exception) for value in values):
-        raise InputError(
-            f"{who} {_raised(error)} for {len(draws)} completions together, though for none of them alone; mend it"
-        ) from error
-    return values
+            return answers_of(fn, request)
+        except Unusable as error:
+            raise InputError(f"{who} {error}") from error
 
 
 def _arguments(fn: TextFunction, draws: Draws, who: str) -> dict[str, Any]:
@@ -156,6 +121,4 @@ def _arguments(fn: TextFunction, draws: Draws, who: str) -> dict[str, Any]:
     return {name: available[name] for name in names if name in available}
 
 
-def _raised(error: Exception) -> str:
-    message = " ".join(str(error).split())
-    return f"raised {type(error).__name__} ({message})" if message else f"raised {type(error).__name__}"
+__all__ = ["Fault", "OnError", "TextFunction", "label_of", "number_fault", "truth_fault", "values_of"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tiltlm.diagnostics.certificate import Certificate, certify
 from tiltlm.errors import InputError
 from tiltlm.evidence.gold import Gold
+from tiltlm.evidence.running.tally import SlowRewardWatch, counting
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.monitor import Metrics, Monitor
@@ -194,7 +195,7 @@ class _Loop:
             trained |= {f"engine:{name}": value for name, value in self.state.named_parameters()}
         rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
         self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
-        self.best_elbo, self.stale = -float("inf"), 0
+        self.best_elbo, self.stale, self.slow = -float("inf"), 0, SlowRewardWatch()
         self.began = time.perf_counter()
 
     def run(self, monitor: Monitor, resume: bool) -> None:
@@ -222,7 +223,8 @@ class _Loop:
         began = time.perf_counter()
         index = batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed)
         rng = generator(self.settings.seed, "draw", step)
-        batch = self.stream.batch(index, self.engine.group, rng)
+        with counting() as tally:
+            batch = self.stream.batch(index, self.engine.group, rng)
         scored, fresh = batch.scored, batch.fresh or batch.scored
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
@@ -247,6 +249,7 @@ class _Loop:
                 self.policy.refresh_target(getattr(self.engine, "target_rate", 1.0))  # pyright: ignore
             require_trainable(norm, scored)
         ended = time.perf_counter()
+        self.slow.look(tally, ended - began)
         tokens = int(fresh.draws.mask.sum())
         reward = self.target.beta * fresh.log_evidence.double()
         kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
@@ -266,6 +269,7 @@ class _Loop:
             "seconds": ended - began,
             "seconds_draw": drawn - began,
             "seconds_update": ended - drawn,
+            **tally.metrics(),
             **parts,
             **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},

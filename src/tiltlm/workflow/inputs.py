@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,9 @@ from tiltlm.rewards.catalogue import make_part
 
 if TYPE_CHECKING:
     from tiltlm.lm.load import LanguageModel
+
+Load = Callable[[str, str], tuple[TextFunction, str]]
+"""(source, recipe's key) -> the function, and a hash of its code."""
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -109,7 +112,9 @@ def _table(path: Path) -> Any:
         ) from error
 
 
-def reward_of(source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str) -> tuple[TextFunction, str]:
+def reward_of(
+    source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str, load: Load | None = None
+) -> tuple[TextFunction, str]:
     """A recipe's reward: a function's name, or a list of parts with their weights.
 
     An item of the list is a named part with its settings, `{part: fluency, weight: 0.3}`, or a function, `{function: file.py:f,
@@ -117,6 +122,7 @@ def reward_of(source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str
 
     Args:
         lm: the language model of parts that need one and name none; its name will do to check the rest.
+        load: gets functions by their source; `load_function` by default.
 
     Returns:
         The function or formula, and a hash of what it is made of.
@@ -124,11 +130,12 @@ def reward_of(source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str
     Raises:
         InputError: for a part, function or setting that is not there or is refused, naming it.
     """
+    load = load or load_function
     if isinstance(source, str):
-        return load_function(source, "reward")
+        return load(source, "reward")
     if not source:
         raise InputError("reward is an empty list; give at least one part")
-    found = [_term(item, lm, number) for number, item in enumerate(source, 1)]
+    found = [_term(item, lm, number, load) for number, item in enumerate(source, 1)]
     code = json.dumps([dict(item) for item in source], sort_keys=True, default=str) + "".join(
         code for *_, code in found
     )
@@ -143,7 +150,7 @@ def reward_name(source: str | Sequence[Mapping[str, Any]]) -> str:
     return source.rpartition(":")[2] if isinstance(source, str) else ""
 
 
-def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int) -> tuple[float, Formula, str]:
+def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int, load: Load) -> tuple[float, Formula, str]:
     """The weight, the part and the code of an item of a reward's list."""
     settings = dict(item)
     weight, clip, offset = settings.pop("weight", 1.0), settings.pop("clip", None), settings.pop("offset", None)
@@ -151,7 +158,7 @@ def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int) -> tupl
         raise InputError(f"weight of part {number} of the reward is {weight!r}; it must be a finite number")
     code = ""
     if "function" in settings:
-        term, code = _function_part(settings, number)
+        term, code = _function_part(settings, number, load)
     elif "part" in settings:
         term = make_part(settings.pop("part"), settings, lm)
     else:
@@ -165,14 +172,14 @@ def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int) -> tupl
     return float(weight), term, code
 
 
-def _function_part(settings: dict[str, Any], number: int) -> tuple[Formula, str]:
+def _function_part(settings: dict[str, Any], number: int, load: Load) -> tuple[Formula, str]:
     source, name, bounds = settings.pop("function"), settings.pop("name", ""), settings.pop("bounds", None)
     if settings:
         raise InputError(
             f"part {number} of the reward is a function and has the key {next(iter(settings))!r}; it may have weight, name, bounds, "
             f"clip, offset"
         )
-    function, code = load_function(str(source), "reward")
+    function, code = load(str(source), "reward")
     known = None if bounds is None else _ends("bounds", bounds, number)
     return Function(function, known, name=str(name) or str(source).rpartition(":")[2]), code
 
@@ -218,14 +225,19 @@ def load_function(source: str, what: str) -> tuple[TextFunction, str]:
     if not callable(function):
         found = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise InputError(f"{what} {source!r}: {place} has no function {name!r}; it has {', '.join(found) or 'none'}")
-    return cast("TextFunction", function), hashlib.sha256(code).hexdigest()[:16]
+    return cast("TextFunction", function), hash_of(code)
+
+
+def hash_of(code: bytes) -> str:
+    """What code is known by."""
+    return hashlib.sha256(code).hexdigest()[:16]
 
 
 def _learned(folder: Path) -> tuple[TextFunction, str]:
     from tiltlm.reward_models.model import RewardModel
 
     code = (folder / "reward_model.json").read_bytes() + (folder / "reward_model.safetensors").read_bytes()
-    return RewardModel.load(folder), hashlib.sha256(code).hexdigest()[:16]
+    return RewardModel.load(folder), hash_of(code)
 
 
 def _from_file(path: Path, what: str) -> tuple[Any, bytes]:

@@ -78,6 +78,27 @@ class Recipe(BaseModel):
     moments: list[MomentSpec] = Field([], description="features and their means, file.py:function=mean")
     gold: str | None = Field(None, description="held-out reward, never trained on: file.py:function")
 
+    # how the reward is run
+    reward_batch: Positive | None = Field(
+        None, description="most completions in a call of the reward; all at once by default"
+    )
+    reward_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="worker processes for the reward; 0 calls it here"
+    )
+    reward_timeout: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds a call may take; then it is killed (uses a worker process)",
+    )
+    reward_memory: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="MiB by which a worker process may grow (uses a worker process)"
+    )
+    reward_retries: Annotated[int, Field(ge=0)] = Field(
+        0, description="further tries where a remote reward's service fails"
+    )
+    reward_cache: bool = Field(False, description="the reward is deterministic: keep its values, in the run's folder")
+
     # plan, sample and certify
     samples: Annotated[int, Field(ge=2)] = Field(64, description="draws a prompt, for plan and certify")
     exact_budget: Annotated[int, Field(ge=0)] = Field(

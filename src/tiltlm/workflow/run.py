@@ -26,6 +26,7 @@ from tiltlm.evidence.moments import Moment
 from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
+from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.smc import prefix_evidence
@@ -42,10 +43,11 @@ from tiltlm.report.card import model_card
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
-from tiltlm.workflow.inputs import load_function, read_completions, read_prompts, reward_name, reward_of
+from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import read_policy
 from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import resampled, side_by_side, signs_of_hacking
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -94,15 +96,24 @@ class Run:
         return [] if self.recipe.data is None else read_completions(self.recipe.data)
 
     @cached_property
-    def _reward(self) -> tuple[Callable[..., Sequence[float]], str] | None:
-        """Checked, with a hash of its code; parts that need the recipe's model have only its name."""
-        return None if self.recipe.reward is None else reward_of(self.recipe.reward, self.recipe.model)
+    def _load(self) -> FunctionLoader:
+        return FunctionLoader(self.recipe)
 
     @cached_property
-    def _reward_function(self) -> Callable[..., Sequence[float]]:
+    def _reward(self) -> tuple[TextFunction, str] | None:
+        """Checked, with a hash of its code; parts that need the recipe's model have only its name."""
+        return None if self.recipe.reward is None else reward_of(self.recipe.reward, self.recipe.model, self._load)
+
+    @cached_property
+    def _reward_function(self) -> TextFunction:
         """The reward with the recipe's model in the parts that need it."""
         assert self.recipe.reward is not None
-        return reward_of(self.recipe.reward, self.lm)[0]
+        return reward_of(self.recipe.reward, self.lm, self._load)[0]
+
+    def close(self) -> None:
+        """End what rewards hold, worker processes and files; a later step takes them anew."""
+        if "_load" in self.__dict__:
+            self._load.close()
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
@@ -136,7 +147,7 @@ class Run:
         gold, on_error = self.recipe.gold, self.recipe.on_error
         if gold is None:
             return None
-        return Reward(load_function(gold, "gold")[0], name=gold.rpartition(":")[2], on_error=on_error)
+        return Reward(self._load(gold, "gold")[0], name=gold.rpartition(":")[2], on_error=on_error)
 
     @cached_property
     def _moments(self) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
