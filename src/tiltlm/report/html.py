@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from tiltlm.errors import InputError
-from tiltlm.report import hacking, words
+from tiltlm.report import words
 from tiltlm.report.figures import frontier_figure, training_panels
 from tiltlm.report.folder import Json, Run, finite, read_run
 from tiltlm.report.legend import legend
@@ -80,6 +80,8 @@ def render(run: Run) -> str:
 
 def _hacking(run: Run) -> dict[str, Any] | None:
     """The section on reward hacking; None where nothing is known."""
+    from tiltlm.report import hacking  # it fits a curve to records, and those are torch's
+
     over, length = hacking.overoptimisation_figure(run), hacking.length_figure(run)
     parts = [(panel, embed(panel.figure)) for panel in hacking.part_panels(run)]
     if over is None and length is None and not parts:

@@ -274,7 +274,7 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
     path = [str(part) for part in fault["loc"]]
     where = ".".join(path)
-    if path[0] == "reward":  # one fault for each thing that it might have been
+    if path[:1] == ["reward"]:  # one fault for each thing that it might have been
         where = "reward"
     source = f" in {file}" if file is not None and where not in flags else ""
     fields = Recipe.model_fields if len(path) < 2 else MomentSpec.model_fields  # the only nested keys

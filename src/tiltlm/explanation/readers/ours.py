@@ -58,7 +58,8 @@ def read(config: Mapping[str, Any]) -> Reading:
     if not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; it must be a mapping of option to value")
     engine = make_trainer(name, settings["group"], settings["max_new_tokens"], options)
-    beta, temperature = _beta(settings), settings["temperature"]
+    moments_alone = bool(config.get("moments")) and config.get("reward") is None
+    beta, temperature = 1.0 if moments_alone else _beta(settings), settings["temperature"]  # their weights are in nats
     source = _source(settings)
     unsound = source is not None and SOURCES[source] not in ACCEPTED[engine.claim.data]
     if policy_gradients.knows(engine) and not unsound:
