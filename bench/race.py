@@ -202,7 +202,7 @@ def _write(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
 def show(found: Mapping[str, Any]) -> None:
     """One table a target, the nearest to the posterior first."""
     for target, runners in found.items():
-        table = Table(title=f"{target}: KL in nats after 20,000 samples, mean ± sd over seeds")
+        table = Table(title=f"{target}: KL in nats, mean ± sd over seeds")
         for head in ("", "KL(q||p*)", "KL(p*||q)", "with SMC, at most", "lr", "seconds"):
             table.add_column(head, justify="left" if not head else "right")
         for name, entry in sorted(runners.items(), key=lambda item: _mean(item[1], "to_posterior")):
