@@ -73,7 +73,7 @@ def prompts_figure(run: Run) -> go.Figure | None:
     figure.update_yaxes(tickfont={"color": LIGHT["ink"], "size": 13})
     reward_axis = "x2" if both else "x"
     if both:
-        grid = figure.layout.xaxis.to_plotly_json()
+        grid = figure.to_dict()["layout"]["xaxis"]
         figure.update_layout(xaxis={"domain": [0, 0.56]}, xaxis2=grid | {"domain": [0.62, 1], "anchor": "y"})
         figure.update_layout(
             xaxis_title_text="KL to the posterior, nats", xaxis2_title_text="expected reward, reward units"
