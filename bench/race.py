@@ -1,8 +1,8 @@
 """The race to the posterior: all of our training engines beside TRL's RLOO and GRPO, on 20,000 samples each.
 
 Same model, prompts, reward, batch and number of samples; full weights, single precision. The learning rate is tuned alike
-for everybody: each of `--rates` once, on a seed that is not counted, and the best goes on to the counted seeds. What is
-measured at the end is the truth, by listing every completion.
+for everybody: each of `--rates` on the same `--tuning` seeds, which are not counted, and the best goes on to the counted seeds.
+What is measured at the end is the truth, by listing every completion.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from race_task import BETA
 from rloo_step import hardware, trl_environment
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "race.json"
-TUNING_SEED = 1000
+FIRST_TUNING_SEED = 1000
+TARGETS_BETA = "the target's beta"
 UNTUNED = 1e-3
 
 
@@ -54,6 +56,7 @@ RUNNERS = {
     "TrajectoryBalance, replay": Runner("trajectory-balance", replay=28, group=4),
     "PPO": Runner("ppo"),
     "GRPO": Runner("grpo"),
+    "GRPO, TRL's coefficient": Runner("grpo", {"kl_coefficient": TARGETS_BETA}),
     "GRPO that reaches p*": Runner("grpo-tilt"),
     "Reinforce": Runner("reinforce"),
     "forward KL": Runner("f-divergence"),
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("--runners", nargs="+", default=list(RUNNERS), choices=list(RUNNERS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning", type=int, default=2, help="seeds, not counted, on which each rate is tried")
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--trl-python", type=Path)
@@ -103,18 +107,16 @@ class _Race:
     def run(self, target: str) -> dict[str, Any]:
         with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
             rates = {name: self.options.rates if RUNNERS[name].tuned else [UNTUNED] for name in self.options.runners}
-            tuned = {
-                (name, rate): pool.submit(self.one, target, name, rate, TUNING_SEED)
+            tuning = {
+                (name, rate): [
+                    pool.submit(self.one, target, name, rate, FIRST_TUNING_SEED + i) for i in range(self.options.tuning)
+                ]
                 for name in self.options.runners
                 for rate in rates[name]
                 if len(rates[name]) > 1
             }
-            best = {
-                name: min(some, key=lambda r, n=name: tuned[n, r].result()["to_posterior"])
-                if len(some) > 1
-                else some[0]
-                for name, some in rates.items()
-            }
+            tuned = {key: mean(f.result()["to_posterior"] for f in futures) for key, futures in tuning.items()}
+            best = {name: min(some, key=lambda r, n=name: tuned.get((n, r), 0.0)) for name, some in rates.items()}
             seeds = {name: self.options.seeds if RUNNERS[name].seeded else 1 for name in self.options.runners}
             counted = {
                 name: [pool.submit(self.one, target, name, best[name], seed) for seed in range(seeds[name])]
@@ -123,11 +125,7 @@ class _Race:
             return {
                 name: {
                     "rate": best[name],
-                    "tuning": {
-                        str(rate): tuned[name, rate].result()["to_posterior"]
-                        for rate in rates[name]
-                        if (name, rate) in tuned
-                    },
+                    "tuning": {str(rate): tuned[name, rate] for rate in rates[name] if (name, rate) in tuned},
                     "runs": [future.result() for future in futures],
                 }
                 for name, futures in counted.items()
@@ -152,9 +150,10 @@ class _Race:
             with tempfile.TemporaryDirectory() as out:
                 theirs = _call([self.trl, "race_trl.py", str(self.prior), out, *own])
                 return self._ask([*ours, "--engine", "judge", "--judge", out, *common]) | theirs
-        extra = ["--options", json.dumps(dict(runner.options)), "--replay", str(runner.replay)]
+        options = {key: BETA[target] if value == TARGETS_BETA else value for key, value in runner.options.items()}
+        extra = ["--options", json.dumps(options), "--replay", str(runner.replay)]
         extra += ["--group", str(runner.group), "--engine-lr", str(10 * rate)]
-        return self._ask([*ours, *own, *extra, *([] if seed == TUNING_SEED else ["--decode", "64"])])
+        return self._ask([*ours, *own, *extra, *([] if seed >= FIRST_TUNING_SEED else ["--decode", "64"])])
 
     def _ask(self, flags: Sequence[str]) -> dict[str, Any]:
         """A job for one of our own processes, which know the truth already; one is started where none is free."""
