@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from race_task import BETA
 from rich.console import Console
 from rich.table import Table
-from race_task import BETA
 from rloo_step import hardware, trl_environment
 
 HERE = Path(__file__).resolve().parent
