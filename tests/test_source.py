@@ -275,6 +275,23 @@ class TestTraining:
         for name, value in whole.named_parameters().items():
             assert value.equal(parts.named_parameters()[name])
 
+    @pytest.mark.parametrize("source", [Replay(old=4, capacity=12), Lagging(8)], ids=str)
+    def test_all_that_a_stream_holds_is_remembered(self, source, rng):
+        """Copy, step and the draws since the last look: whatever a later decision rests on."""
+        target, prompts = three_prompts()
+        policy = target.prior.policy(lora=None)
+        stream, other = (source.open(target, policy, prompts, 0) for _ in range(2))
+        for index in ([0, 1], [2, 0], [1, 2]):
+            stream.batch(index, 4, rng)
+        tensors, values = stream.memory()
+        other.remember(tensors, values)
+        again, found = other.memory()
+        assert found == values
+        assert tensors.keys() == again.keys()
+        assert all(value.equal(again[name]) for name, value in tensors.items())
+        if isinstance(source, Lagging):
+            assert any(name.startswith("seen.") for name in again)
+
     def test_a_limit_of_seconds_ends_training(self, tmp_path):
         world = small_language()
         tl.fit(world.target, world.prompts, steps=100_000, seconds=0.5, out=tmp_path, **QUIET)
