@@ -23,6 +23,7 @@ GROUPS = {
         "device",
         "prompts",
         "column",
+        "template",
         "chat",
         "max_new_tokens",
         "temperature",

@@ -49,6 +49,7 @@ from tiltlm.workflow.policies import read_policy
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import resampled, side_by_side, signs_of_hacking
+from tiltlm.workflow.templates import templated
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
@@ -83,7 +84,8 @@ class Run:
 
     @cached_property
     def _rows(self) -> Sequence[Any]:
-        return [] if self.recipe.prompts is None else read_prompts(self.recipe.prompts, self.recipe.column)
+        r = self.recipe
+        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column), r.template, r.column)
 
     @cached_property
     def given(self) -> Scored:
