@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
 from tiltlm.lm.backbone import Backbone
@@ -238,12 +239,6 @@ def quieten() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where prepared models live: TILTLM_CACHE, or the user's cache folder."""
-    root = os.environ.get("TILTLM_CACHE") or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(root) / "tiltlm"
 
 
 def _converted(file: Path, name: str) -> Path:
