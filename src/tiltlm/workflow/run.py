@@ -240,7 +240,7 @@ class Run:
         """A hash of the prior, the prompts and what else something depends on."""
         r, prompts = self.recipe, self.prompts
         common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds, prompts.texts]
-        common += [prompts.tokens.tolist(), prompts.columns]
+        common += [prompts.fingerprint(), prompts.columns]
         return hashlib.sha256(json.dumps([*common, *parts], default=str).encode()).hexdigest()
 
     # --- train ---
