@@ -54,6 +54,7 @@ class Recipe(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, …")
     prompts: str | None = Field(None, description="prompts: .txt (one a line), .jsonl, .json, .csv or .parquet")
     column: str = Field("prompt", description="column that holds the prompt")
+    image: str = Field("image", description="column that holds its image, for models that read images")
     chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
     max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the prior's (and the policy's) sampling")

@@ -74,6 +74,7 @@ class Run:
             stop=tuple(r.stop),
             chat=r.chat,
             column=r.column,
+            image=r.image,
             adapter=r.prior_adapter,
         )
 
@@ -83,7 +84,8 @@ class Run:
 
     @cached_property
     def _rows(self) -> Sequence[Any]:
-        return [] if self.recipe.prompts is None else read_prompts(self.recipe.prompts, self.recipe.column)
+        r = self.recipe
+        return [] if r.prompts is None else read_prompts(r.prompts, r.column, r.image)
 
     @cached_property
     def given(self) -> Scored:
@@ -93,7 +95,7 @@ class Run:
 
     @cached_property
     def _given_rows(self) -> Sequence[Any]:
-        return [] if self.recipe.data is None else read_completions(self.recipe.data)
+        return [] if self.recipe.data is None else read_completions(self.recipe.data, self.recipe.image)
 
     @cached_property
     def _load(self) -> FunctionLoader:
