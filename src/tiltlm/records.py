@@ -7,6 +7,7 @@ prompt a row belongs to.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Text = str | tuple[Message, ...]
-"""A plain text, or a conversation as messages with `role` and `content`."""
+"""A plain text, or a conversation as messages with `role` and `content`: a text, or parts such as {"type": "image"}."""
+
+
+def shown(text: Text) -> str:
+    """A prompt as one reads it in a table: the text, or what the last message says."""
+    if isinstance(text, str):
+        return text
+    content = text[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text", f"<{part.get('type', 'part')}>")) for part in content)
 
 
 @dataclass(frozen=True)
@@ -27,12 +38,14 @@ class Prompts:
     """What the model conditions on, and the data set's columns that rewards may ask for.
 
     Attributes:
-        tokens: token ids, padded on either side.
+        tokens: token ids, padded on either side; the source of an encoder–decoder; none (L = 0) where all is in `inputs`.
         mask: True where `tokens` holds a real token.
         texts: each prompt as the user wrote it, a string or messages.
         columns: further columns by name, one value a prompt.
         rows: the place of each prompt in the data set that it was selected from; 0, 1, … for a whole data set. It is how
             an engine finds what it keeps for a prompt, such as its log Z.
+        inputs: what else the model reads, such as `pixel_values`: by name, a tensor a prompt. Those of several prompts are
+            joined along their first axis, which has length 0 for a prompt without.
     """
 
     tokens: Int[Tensor, "P L"]
@@ -40,6 +53,7 @@ class Prompts:
     texts: tuple[Text, ...]
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     rows: Int[Tensor, " P"] = field(default=None)  # pyright: ignore[reportAssignmentType]
+    inputs: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -57,7 +71,19 @@ class Prompts:
             texts=tuple(self.texts[i] for i in index),
             columns={name: tuple(values[i] for i in index) for name, values in self.columns.items()},
             rows=self.rows[rows],
+            inputs={name: tuple(tensors[i] for i in index) for name, tensors in self.inputs.items()},
         )
+
+    def fingerprint(self) -> str:
+        """A hash of all that the model reads: tokens, pixels and the like."""
+        digest = hashlib.sha256()
+        for tokens, mask in zip(self.tokens, self.mask, strict=True):
+            digest.update(str(tokens[mask].tolist()).encode())
+        for name, tensors in sorted(self.inputs.items()):
+            for tensor in tensors:
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

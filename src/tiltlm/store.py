@@ -64,6 +64,11 @@ def save_scored(scored: Scored, folder: Path, key: str) -> None:
     prompts = scored.draws.prompts
     tensors, values = tensors_of(scored)
     tensors |= {"prompts.tokens": prompts.tokens, "prompts.mask": prompts.mask}
+    tensors |= {
+        f"inputs.{place}.{name}": tensor.contiguous()
+        for name, parts in prompts.inputs.items()
+        for place, tensor in enumerate(parts)
+    }
     values |= {"key": key, "prompts": prompts.texts, "columns": prompts.columns}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,5 +93,7 @@ def load_scored(folder: Path, key: str) -> Scored | None:
         return None
     texts = tuple(t if isinstance(t, str) else tuple(t) for t in values["prompts"])
     columns = {name: tuple(column) for name, column in values["columns"].items()}
-    prompts = Prompts(tensors["prompts.tokens"], tensors["prompts.mask"].bool(), texts, columns)
+    named = sorted({key.split(".", 2)[2] for key in tensors if key.startswith("inputs.")})
+    inputs = {name: tuple(tensors[f"inputs.{place}.{name}"] for place in range(len(texts))) for name in named}
+    prompts = Prompts(tensors["prompts.tokens"], tensors["prompts.mask"].bool(), texts, columns, inputs=inputs)
     return scored_of(tensors, values, prompts)

@@ -134,7 +134,9 @@ def status(
 
 
 def _print(question: Any) -> None:
-    prompt = question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]
+    from tiltlm.records import shown
+
+    prompt = shown(question.prompt)
     for line, style in (
         (f"question {question.number}: {prompt}", "bold"),
         (f"  1  {question.first}", ""),

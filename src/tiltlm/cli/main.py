@@ -129,12 +129,14 @@ def sample(
     json_file: Json = None,
 ) -> None:
     """Draw from the posterior now, without training."""
+    from tiltlm.records import shown
+
     _require_writable(json_file)
     settings = pairs("option", option or [])
     with _draw_bars() as bars:
         weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, twist=twist, options=settings)
     for row in rows:
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        prompt = shown(row["prompt"])
         console.print(prompt, style="bold", highlight=False, markup=False, soft_wrap=True)
         for completion in row["completions"]:
             text = f"  {completion['reward']:+.2f} {completion['text']}"

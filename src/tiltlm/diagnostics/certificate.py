@@ -32,7 +32,7 @@ from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.rejection import Rejection, has_upper_bound
 from tiltlm.inference.decoding.smc import SMC
 from tiltlm.protocols import Sampler
-from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored
+from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, shown
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 from tiltlm.weights import group_count, pareto_k
@@ -283,7 +283,7 @@ def _assemble(
     bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
     if by_engine is not None:
         bounds = [with_log_z(*three) for three in zip(bounds, by_engine.lower, by_engine.upper, strict=True)]
-    texts = [t if isinstance(t, str) else str(t[-1]["content"]) for t in prompts.texts]
+    texts = [shown(t) for t in prompts.texts]
     per_prompt = tuple(
         PromptCertificate(texts[p], float(reward[index == p].mean()), float(kl_prior[index == p].mean()), bounds[p])
         for p in range(len(prompts))

@@ -20,7 +20,7 @@ from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPl
 from tiltlm.diagnostics.tilt import Tilted, tilt, tilt_jackknife
 from tiltlm.errors import InputError
 from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
-from tiltlm.records import Estimate, Interval, Prompts, Scored
+from tiltlm.records import Estimate, Interval, Prompts, Scored, shown
 from tiltlm.target import Target
 from tiltlm.weights import pareto_k
 
@@ -111,7 +111,7 @@ class PriorSample:
         texts = scored.draws.prompts.texts
         drawn = [p for p in range(len(texts)) if (index == p).any()]
         used = [p for p in drawn if enough_possible(reward[index == p])]
-        names = [t if isinstance(t, str) else str(t[-1]["content"]) for t in texts]
+        names = [shown(t) for t in texts]
         return cls(tuple(reward[index == p] for p in used), tuple(names[p] for p in used), len(drawn) - len(used))
 
     @property

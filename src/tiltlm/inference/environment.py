@@ -56,7 +56,7 @@ class TokenEnv(gymnasium.Env[Any, Any]):
         self.target, self.render_mode = target, render_mode
         self._prior: Any = target.prior
         self._prompts = self._prior.encode(prompts)
-        vocabulary = self._prior.body.model.config.get_text_config().vocab_size
+        vocabulary = self._prior.body.vocabulary
         self._room = int(self._prompts.mask.sum(-1).max()) + self._prior.law.max_new_tokens
         self.action_space = gymnasium.spaces.Discrete(vocabulary)
         self.observation_space = gymnasium.spaces.Dict(

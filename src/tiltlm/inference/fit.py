@@ -7,7 +7,6 @@ micro-batches without the engine knowing, and without changing its gradient.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Sequence
@@ -303,12 +302,10 @@ class _Loop:
         return max(float(step), min(1.0, elapsed) * s.steps)
 
     def _identity(self) -> dict[str, Any]:
-        digest, weights = hashlib.sha256(), self.optimiser.parameters
-        for prompt, mask in zip(self.prompts.tokens, self.prompts.mask, strict=True):
-            digest.update(str(prompt[mask].tolist()).encode())
+        weights = self.optimiser.parameters
         return {
             "model": self.policy.fingerprint(),
-            "prompts": digest.hexdigest()[:16],
+            "prompts": self.prompts.fingerprint(),
             "law": str(self.policy.law),
             "beta": self.target.beta,
             "evidence": getattr(self.target.evidence, "identity", ""),

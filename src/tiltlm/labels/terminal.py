@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tiltlm.labels.session import KEYS, Question, Session
+from tiltlm.records import shown
 
 QUIT, UNDO = "q", "u"
 HELP = "1 first is better · 2 second is better · = tie · s skip · u undo · q quit"
@@ -58,7 +59,7 @@ def _key(read_key: Callable[[], str], console: Console) -> str:
 
 
 def _show(question: Question, left: int, console: Console) -> None:
-    prompt = question.prompt if isinstance(question.prompt, str) else question.prompt[-1]["content"]
+    prompt = shown(question.prompt)
     console.print(Panel(Text(prompt), title=f"question {question.number}, {left} open", title_align="left"))
     width = max(24, (console.width - 2) // 2)
     both = [Panel(Text(text), title=key, width=width) for key, text in (("1", question.first), ("2", question.second))]

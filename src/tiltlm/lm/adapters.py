@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import EncoderDecoderModel, PreTrainedModel, VisionEncoderDecoderModel
 
 from tiltlm.errors import InputError
 
@@ -43,9 +43,16 @@ class LoRA:
             target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             lora_dropout=0.0,  # the policy that is scored must be the policy that drew
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's layers
-            task_type="CAUSAL_LM",
+            task_type=_task_of(model),
             base_model_name_or_path=base,
         )
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    """PEFT's name for what the model does; none for composed models, whose inputs PEFT's task classes do not know."""
+    if isinstance(model, EncoderDecoderModel | VisionEncoderDecoderModel):
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 class AdapterSwitch:
@@ -172,10 +179,13 @@ class AdapterSwitch:
         return f"tilt{number}"
 
     def _add(self, name: str, config: PeftConfig) -> None:
-        if self.peft is None:
-            self.peft = PeftModel(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
-        else:
-            self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            # a model may have both kinds of layers (ViT's and GPT-2's), and peft sees to each
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+            if self.peft is None:
+                self.peft = PeftModel(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
+            else:
+                self.peft.add_adapter(name, config, autocast_adapter_dtype=False)
         self._finish(name)
 
     def _finish(self, name: str) -> None:

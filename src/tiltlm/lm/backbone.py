@@ -1,43 +1,82 @@
-"""One forward pass of a causal language model, split where the logits would explode.
+"""One forward pass of a language model, split where the logits would explode.
 
 `Backbone` runs the transformer body and leaves the unembedding to `head.py`. Whether body and head together
 give the model's own logits is checked once on a short text; a model for which they do not (an unusual output
 layer, an adapter on it) is run whole, and its logits are the features.
+
+What a model conditions on differs by kind, and only here: `causal.py` reads the prompt as the beginning of the text (with
+images in it, where the model has them), `encoder_decoder.py` reads it as a source. Whoever draws and scores sees a
+`Prefix`: what the model remembers of the prompts, and the features that predict the first token.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import EncoderDecoderCache, PreTrainedModel
 
 from tiltlm.errors import InputError
 from tiltlm.lm.head import Head
+from tiltlm.records import Prompts
+
+Tilt = Callable[[Float[Tensor, "B S D"]], Float[Tensor, "B S D"]]
+"""Features -> what a critic adds to them."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model remembers of the rows that it has read. The cache grows as it reads on; all else stays.
+
+    Attributes:
+        cache: transformers' cache of keys and values.
+        source: what an encoder made of the prompts; None where there is no encoder.
+        source_mask: True where `source` stands for a real token or patch.
+    """
+
+    cache: Any
+    source: Float[Tensor, "B S D"] | None = None
+    source_mask: Bool[Tensor, "B S"] | None = None
+
+    def rows(self, index: Int[Tensor, " B"]) -> Memory:
+        """A copy for the rows in `index`; the original is left as it is."""
+        source = None if self.source is None else self.source[index]
+        mask = None if self.source_mask is None else self.source_mask[index]
+        return Memory(select_cache(self.cache, index), source, mask)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the model remembers of the prompts: their cache, and the features that predict the first token."""
+    """What the model remembers of the prompts, and the features that predict the first token.
 
-    cache: Any
+    Attributes:
+        mask: True on the real tokens that the cache holds.
+    """
+
+    memory: Memory
     mask: Bool[Tensor, "P L"]
     last: Float[Tensor, "P D"]
 
     def rows(self, index: Int[Tensor, " B"]) -> Prefix:
         """A copy for the rows in `index`; the original cache is left as it is."""
         index = index.to(self.last.device)
-        return Prefix(select_cache(self.cache, index), self.mask[index], self.last[index])
+        return Prefix(self.memory.rows(index), self.mask[index], self.last[index])
 
 
-def select_cache(cache: DynamicCache, index: Int[Tensor, " B"]) -> DynamicCache:
+def select_cache(cache: Any, index: Int[Tensor, " B"]) -> Any:
     """A cache that holds the rows in `index`; differentiable, and the original keeps its rows."""
     chosen = copy.copy(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        chosen.self_attention_cache = select_cache(cache.self_attention_cache, index)
+        chosen.cross_attention_cache = select_cache(cache.cross_attention_cache, index)
+        chosen.is_updated = dict(cache.is_updated)
+        return chosen
     chosen.layers = []
     for layer in cache.layers:
         other: Any = copy.copy(layer)
@@ -51,45 +90,117 @@ def select_cache(cache: DynamicCache, index: Int[Tensor, " B"]) -> DynamicCache:
     return chosen
 
 
-class Backbone:
+class Backbone(ABC):
     """The body of a model, and the head that `head.py` applies to its features.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a language model in evaluation mode.
+
+    Attributes:
+        has_encoder: whether prompts are sources for an encoder, so that completions begin on their own.
     """
 
+    has_encoder = False
+
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._accepts_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.model: Any = model
         self._body: nn.Module | None = None
+        self._tilt: Tilt | None = None
         self._adopt_head()
 
     def _adopt_head(self) -> None:
         """Use body and head apart if together they reproduce the model's logits."""
-        output = self.model.get_output_embeddings()
-        body = getattr(self.model, self.model.base_model_prefix, None) if self.model.base_model_prefix else None
-        if type(output) is not nn.Linear or not isinstance(body, nn.Module):
+        output, body = self.model.get_output_embeddings(), self._find_body()
+        if type(output) is not nn.Linear or body is None:
             return
         self._body = body
-        ids = torch.arange(1, 4, device=self.device)[None] % self.model.config.vocab_size
-        mask = torch.ones_like(ids, dtype=torch.bool)
         with torch.no_grad():
-            expected = self.model(input_ids=ids, attention_mask=mask.long()).logits.float()
-            got = self.head.logits(self.features(ids, mask)[0]).float()
-        gap = (expected[0].log_softmax(-1) - got.log_softmax(-1)).abs().max()
-        if gap > (1e-4 if output.weight.dtype in (torch.float32, torch.float64) else 0.05):
+            expected, features = self._probe()
+            got = self.head.logits(features).float()
+        gap = (expected.float().log_softmax(-1) - got.log_softmax(-1)).abs().max()
+        if not gap <= (1e-4 if output.weight.dtype in (torch.float32, torch.float64) else 0.05):
             self._body = None
+
+    @abstractmethod
+    def _find_body(self) -> nn.Module | None:
+        """The model without its output layer."""
+
+    @abstractmethod
+    def _probe(self) -> tuple[Float[Tensor, "S V"], Float[Tensor, "S D"]]:
+        """The whole model's logits on a short text, and the features there."""
+
+    @abstractmethod
+    def _run(
+        self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None, **inputs: Tensor
+    ) -> Float[Tensor, "B S D"]:
+        """Features after each of `ids`: the body's, or the whole model's logits."""
+
+    @abstractmethod
+    def prefill(self, prompts: Prompts) -> Prefix:
+        """Read the prompts once. They may be padded on either side."""
+
+    @abstractmethod
+    def room(self, max_new_tokens: int) -> int | None:
+        """Most tokens that a prompt may have; None where the model sets no limit.
+
+        Raises:
+            InputError: if the model has no room for completions of that length.
+        """
+
+    def takes_ragged(self, prompts: Prompts) -> bool:
+        """Whether `resume` takes completions of different lengths together."""
+        return False
+
+    def resume(
+        self, prompts: Prompts, rows: Int[Tensor, " B"], tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Prefix:
+        """Read prompts and the beginnings of completions, of one length unless `takes_ragged`.
+
+        Args:
+            rows: the prompt of each beginning.
+        """
+        prefix = self.prefill(prompts).rows(rows)
+        width = int(mask.sum(-1).max()) if len(mask) else 0
+        if width == 0:
+            return prefix
+        assert bool(mask[:, :width].all()), "beginnings of different lengths"
+        seen = torch.cat([prefix.mask, mask[:, :width].to(prefix.mask.device)], dim=-1)
+        return Prefix(prefix.memory, seen, self.features(tokens[:, :width], seen, prefix.memory)[:, -1])
+
+    def features(
+        self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None = None, **inputs: Tensor
+    ) -> Float[Tensor, "B S D"]:
+        """Features after each of `ids`, given what is in `memory` (whose cache grows by them).
+
+        Args:
+            mask: True on real tokens, over the cache and `ids` together.
+            inputs: what the model reads beside the tokens, by name, such as pixels.
+        """
+        raw = self._run(ids.to(self.device), mask.to(self.device), memory, **inputs)
+        return raw if self._tilt is None else raw + self._tilt(raw).to(raw.dtype)
+
+    def tilted(self, tilt: Tilt) -> Backbone:
+        """The same model, with `tilt` of the features added to them."""
+        other = copy.copy(self)
+        other._tilt = tilt
+        return other
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that a completion may be made of."""
+        output = self.model.get_output_embeddings()
+        if isinstance(output, nn.Linear):
+            return output.weight.shape[0]
+        return self.model.config.get_text_config(decoder=True).vocab_size
+
+    @property
     def width(self) -> int:
         """Dimension of the features: of the hidden states, or of the logits where the model is run whole."""
-        split = self._split is not None
-        config = self.model.config.get_text_config()
-        return config.hidden_size if split else config.vocab_size
+        return self.model.get_output_embeddings().weight.shape[1] if self._split is not None else self.vocabulary
 
     @property
     def _split(self) -> nn.Module | None:
@@ -101,42 +212,27 @@ class Backbone:
         """The map from `features` to logits."""
         if self._split is None:
             return Head()
-        output: Any = self.model.get_output_embeddings()
-        config = self.model.config
+        output = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config(decoder=True)
         scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
         return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def features(
-        self,
-        ids: Int[Tensor, "B S"],
-        mask: Bool[Tensor, "B L"],
-        cache: Any = None,
-    ) -> Float[Tensor, "B S D"]:
-        """Features after each of `ids`, given what is in `cache` (which grows by them).
 
-        Args:
-            mask: True on real tokens, over the cache and `ids` together.
-        """
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"position_ids": positions} if self._accepts_positions else {}
-        split = self._split
-        run = split if split is not None else self.model
-        out = run(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **extra,
-        )
-        return out.last_hidden_state if split is not None else out.logits
+def to_device(inputs: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs where the model is, and the real-valued ones in its precision."""
+    moved = {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}
 
-    def prefill(self, tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> Prefix:
-        """Run the prompts once. They may be padded on either side; inside they are padded on the left."""
-        tokens, mask = left_pad(tokens.to(self.device), mask.to(self.device))
-        cache = DynamicCache(config=self.model.config)
-        features = self.features(tokens, mask, cache)
-        return Prefix(cache, mask, features[:, -1])
+
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """The tensors of several prompts along their first axis; where the others differ, padded with 0 to the longest."""
+    real = [part for part in parts if len(part)] or list(parts[:1])
+    widest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in real), strict=True)]
+    padded = []
+    for part in real:
+        missing = [(0, most - size) for most, size in zip(widest, part.shape[1:], strict=True)]
+        padded.append(nn.functional.pad(part, [n for pair in reversed(missing) for n in pair]))
+    return torch.cat(padded)
 
 
 def left_pad(tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> tuple[Tensor, Tensor]:
@@ -144,3 +240,10 @@ def left_pad(tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> tuple[Ten
     order = mask.long().argsort(dim=-1, stable=True)  # pads (0) first, the rest as it was
     width = int(mask.sum(-1).max())
     return tokens.gather(-1, order)[:, -width:], mask.gather(-1, order)[:, -width:]
+
+
+def right_pad(tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> tuple[Tensor, Tensor]:
+    """Move the real tokens of each row to its left end, in order, and cut columns that all rows pad."""
+    order = (~mask).long().argsort(dim=-1, stable=True)
+    width = int(mask.sum(-1).max())
+    return tokens.gather(-1, order)[:, :width], mask.gather(-1, order)[:, :width]

@@ -19,16 +19,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.adapters import LoRA
-from tiltlm.lm.backbone import Backbone
 from tiltlm.lm.head import Head, apply_law, at_least_float32, chunks, token_log_prob
 from tiltlm.lm.heads import CriticHead
 from tiltlm.lm.score import completion_features, scatter
@@ -38,18 +36,6 @@ from tiltlm.records import Draws, Forward, Prompts
 
 OF_TARGET = frozenset({"q_target", "soft_target", "max_target", "double_target"})
 PROVIDED = OF_TARGET | {"log_q", "q", "values"}
-
-
-class TiltedBackbone(Backbone):
-    """A backbone with the critic's g added to its features: run with a head, it gives the tilted law."""
-
-    def __init__(self, base: Backbone, head: CriticHead) -> None:
-        vars(self).update(vars(base))  # the same model, examined already
-        self._critic_head = head
-
-    def features(self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], cache: Any = None) -> Float[Tensor, "B S D"]:
-        raw = super().features(ids, mask, cache)
-        return raw + self._critic_head(raw)[1].to(raw.dtype)
 
 
 @dataclass(frozen=True)
@@ -260,7 +246,7 @@ def new_critic(prior: ModelPrior, lora: LoRA | None, start: str | Path | None, s
         switch.train(adapter)
     head = head.to(prior.body.model.device)
     return ModelCritic(
-        **prior._parts(replace(prior.body, backbone=TiltedBackbone(backbone, head)), adapter or prior.adapter),
+        **prior._parts(replace(prior.body, backbone=backbone.tilted(lambda raw: head(raw)[1])), adapter or prior.adapter),
         prior=prior,
         head=head,
         target_head=copy.deepcopy(head).requires_grad_(False),

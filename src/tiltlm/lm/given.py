@@ -7,6 +7,7 @@ as the model would have been.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.text import render, tokens_of
 from tiltlm.lm.view import View
-from tiltlm.records import Prompts, Scored, Text
+from tiltlm.records import Prompts, Scored, Text, shown
 
 
 def preferences(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
@@ -41,7 +43,7 @@ def preferences(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
     Warns:
         TiltWarning: how many completions were cut.
     """
-    written = [comparison(row, number, prior.column) for number, row in enumerate(rows, 1)]
+    written = [comparison(row, number, prior.column, prior.image) for number, row in enumerate(rows, 1)]
     return _scored(prior, written, torch.arange(2 * len(written)).view(-1, 2))
 
 
@@ -60,7 +62,7 @@ def demonstrations(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
     Warns:
         TiltWarning: how many completions were cut.
     """
-    written = [_demonstration(row, number, prior.column) for number, row in enumerate(rows, 1)]
+    written = [_demonstration(row, number, prior.column, prior.image) for number, row in enumerate(rows, 1)]
     return _scored(prior, written, None)
 
 
@@ -74,8 +76,8 @@ class Written:
     columns: Mapping[str, Any]
 
 
-def comparison(row: Mapping[str, Any], number: int, column: str) -> Written:
-    """A row with `chosen` and `rejected`; the prompt is their column, or what the two conversations share.
+def comparison(row: Mapping[str, Any], number: int, column: str, image: str | None = None) -> Written:
+    """A row with `chosen` and `rejected`; the prompt is their column (or its image's), or what the two conversations share.
 
     Raises:
         InputError: if a column is missing.
@@ -85,7 +87,7 @@ def comparison(row: Mapping[str, Any], number: int, column: str) -> Written:
     shared = 0 if is_conversation(row.get(column)) else _shared(chosen, rejected)
     if shared:
         return Written(number, list(chosen[:shared]), (chosen[shared:], rejected[shared:]), rest)
-    return Written(number, field_of(row, column, number), (chosen, rejected), rest)
+    return Written(number, _prompt_of(row, column, image, number), (chosen, rejected), rest)
 
 
 def _shared(chosen: Any, rejected: Any) -> int:
@@ -96,7 +98,7 @@ def _shared(chosen: Any, rejected: Any) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
-def _demonstration(row: Mapping[str, Any], number: int, column: str) -> Written:
+def _demonstration(row: Mapping[str, Any], number: int, column: str, image: str | None) -> Written:
     if "messages" in row and "completion" not in row:
         messages = row["messages"]
         if not is_conversation(messages) or len(messages) < 2:
@@ -105,7 +107,13 @@ def _demonstration(row: Mapping[str, Any], number: int, column: str) -> Written:
         return Written(number, list(messages[:-1]), (messages[-1:],), rest)
     completion = field_of(row, "completion", number)
     rest = {name: value for name, value in row.items() if name not in (column, "completion")}
-    return Written(number, field_of(row, column, number), (completion,), rest)
+    return Written(number, _prompt_of(row, column, image, number), (completion,), rest)
+
+
+def _prompt_of(row: Mapping[str, Any], column: str, image: str | None, number: int) -> Any:
+    """A row's prompt; None where an image, which is among the further columns, is all of it."""
+    alone = row.get(column) is None and image is not None and row.get(image) is not None
+    return None if alone else field_of(row, column, number)
 
 
 def field_of(row: Mapping[str, Any], name: str, number: int) -> Any:
@@ -156,7 +164,7 @@ def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int
 
     A column goes with the prompts if all rows of a prompt agree on it; one on which they differ is about the completions.
     """
-    keys = [_key(row.prompt) for row in written]
+    keys = [_key([row.prompt, row.columns.get(prior.image)]) for row in written]
     first: dict[str, Written] = {}
     for key, row in zip(keys, written, strict=True):
         first.setdefault(key, row)
@@ -168,13 +176,25 @@ def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int
             for key, row in zip(keys, written, strict=True)
         )
     ]
-    data = [{prior.column: row.prompt, **{name: row.columns.get(name) for name in shared}} for row in first.values()]
+    data = [
+        {
+            **({} if row.prompt is None else {prior.column: row.prompt}),
+            **{name: row.columns.get(name) for name in shared},
+        }
+        for row in first.values()
+    ]
     order = {key: place for place, key in enumerate(first)}
     return prior.encode(data), [order[key] for key in keys]
 
 
 def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, sort_keys=True, default=_content)
+
+
+def _content(value: Any) -> str:
+    """What tells one image or array from another; their `str` does not."""
+    array = getattr(value, "__array_interface__", None)
+    return str(value) if array is None else hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
 
 
 def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
@@ -185,8 +205,9 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
             f"stop is {prior.law.stop}, but given completions end with an end token; take a prior without stop strings"
         )
     answer = answer_of(completion, number)
-    text = answer if isinstance(prompt, str) else _turn(prior, prompt, answer, number)
-    ids = tokens_of(text, tokenizer)
+    begins = isinstance(prompt, str) or prior.body.backbone.has_encoder  # a decoder begins its answer on its own
+    text = answer if begins else _turn(prior, prompt, answer, number)
+    ids = tokens_of(text, tokenizer, target=prior.body.backbone.has_encoder)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
     if end is not None:
         return ids[: end + 1]
@@ -211,14 +232,15 @@ def answer_of(completion: Any, number: int) -> str:
     )
 
 
-def _turn(prior: View, prompt: Sequence[Mapping[str, str]], answer: str, number: int) -> str:
+def _turn(prior: View, prompt: tuple[Mapping[str, Any], ...], answer: str, number: int) -> str:
     """What the chat template writes after the prompt when the assistant has answered."""
-    tokenizer = prior.body.tokenizer
-    start = render(prompt, tokenizer, number)
+    templater = prior.body.templater
+    start = render(prompt, templater, number)
     before, last = list(prompt), prompt[-1]
     if last["role"] == "assistant":  # the prompt begins the answer
-        before, answer = before[:-1], last["content"] + answer
-    whole = render([*before, {"role": "assistant", "content": answer}], tokenizer, number, answered=True)
+        before, answer = before[:-1], shown((last,)) + answer
+    content = answer if isinstance(last["content"], str) else [{"type": "text", "text": answer}]
+    whole = render([*before, {"role": "assistant", "content": content}], templater, number, answered=True)
     if not whole.startswith(start):
         raise InputError(
             f"row {number}: the chat template writes the prompt differently once it is answered, so that the answer cannot be "

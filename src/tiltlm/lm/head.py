@@ -45,7 +45,7 @@ class Head:
     def logits(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in at least single precision."""
         if self.weight is None:
-            logits = features
+            logits = features if self.bias is None else features + self.bias
         else:
             logits = torch.nn.functional.linear(features, self.weight, self.bias)
         logits = at_least_float32(logits)

@@ -19,6 +19,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -26,9 +28,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
-from tiltlm.lm.backbone import Backbone
+from tiltlm.lm.kinds import backbone_of, class_of, processor_of
 from tiltlm.lm.view import Body, ModelPrior
 from tiltlm.protocols import Law
 
@@ -42,6 +45,7 @@ EMBEDDED_ENCODERS = {
 """The same for encoders, which are no language models; each is a folder."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+GENERATORS = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -61,6 +65,7 @@ class LanguageModel:
         stop: tuple[str, ...] = (),
         chat: bool | None = None,
         column: str = "prompt",
+        image: str = "image",
         adapter: str | Path | None = None,
         rows: int = 256,
     ) -> ModelPrior:
@@ -70,31 +75,34 @@ class LanguageModel:
             max_new_tokens, temperature, top_k, stop: see `tiltlm.protocols.Law`.
             chat: send plain strings through the chat template as a user's message.
             column: which column holds the prompt, where prompts come as rows.
+            image: which column holds its image (or a list of them), where the model reads images.
             adapter: folder of a PEFT adapter: the prior is the base with this adapter, frozen. Without it the
                 prior is the model as it was loaded.
             rows: most completions in the model at a time.
         """
         law = Law(max_new_tokens, temperature, top_k, tuple(stop))
         active = self.adapter if adapter is None else self.body.adapters.load(adapter)
-        if chat and self.body.tokenizer.chat_template is None:
+        if chat and self.body.templater.chat_template is None:
             raise InputError(f"chat is on, but {self.body.name} has no chat template; use an instruction-tuned model")
-        return ModelPrior(self.body, law, active, chat=chat, column=column, rows=rows)
+        return ModelPrior(self.body, law, active, chat=chat, column=column, image=image, rows=rows)
 
 
 def load(
     model: str | Path | PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    processor: Any = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> LanguageModel:
-    """Load a causal language model.
+    """Load a language model: causal, encoder–decoder, vision encoder–decoder, or a chat model that reads images.
 
     Args:
         model: a hub id, a folder (of a model, or of a PEFT adapter: then its base with the adapter on is the
             model), a GGUF file, the name of an embedded model ("smollm2-135m-instruct"), or a model in memory
             (which is taken over: frozen, put into evaluation mode, and given adapters).
         tokenizer: needed with a model in memory.
+        processor: transformers' processor (or image processor), for a model in memory that reads images, or instead of its folder's.
         dtype: "auto" keeps the stored precision, but takes float32 on a CPU without bfloat16 instructions.
         device: "auto" takes the first accelerator there is.
 
@@ -108,7 +116,7 @@ def load(
             )
         if tokenizer is None:
             raise InputError("tokenizer is missing: a model in memory comes with its tokenizer, load(model, tokenizer)")
-        return _assemble(model, tokenizer, _name_of(model))
+        return _assemble(model, tokenizer, _name_of(model), processor)
     path = Path(model)
     if (path / "adapter_config.json").is_file():
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -116,12 +124,13 @@ def load(
             raise InputError(
                 f"model {str(model)!r} is an adapter that names no base model; load the base, then the adapter"
             )
-        lm = load(base, tokenizer, dtype=dtype, device=device)
+        lm = load(base, tokenizer, processor=processor, dtype=dtype, device=device)
         return replace(lm, adapter=lm.body.adapters.load(path))
     if str(model).lower() in EMBEDDED_ENCODERS:
         raise InputError(f"model {str(model)!r} is an encoder and draws no text; use one of {', '.join(EMBEDDED)}")
-    loaded, tokenizer = load_as(AutoModelForCausalLM, str(model), tokenizer, dtype=dtype, device=device)
-    return _assemble(loaded, tokenizer, str(model))
+    source = model_source(str(model))
+    loaded, tokenizer = load_as(class_of(source), str(model), tokenizer, dtype=dtype, device=device)
+    return _assemble(loaded, tokenizer, str(model), processor or processor_of(loaded, source))
 
 
 def load_as(
@@ -155,13 +164,15 @@ def load_as(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"model {str(model)!r} cannot be loaded ({reason[:200]}); give a hub id, a folder, a .gguf "
-            f"file or one of {', '.join(EMBEDDED if kind is AutoModelForCausalLM else [*EMBEDDED, *EMBEDDED_ENCODERS])}"
+            f"file or one of {', '.join(EMBEDDED if kind in GENERATORS else [*EMBEDDED, *EMBEDDED_ENCODERS])}"
         ) from error
     assert tokenizer is not None
     return cast(Any, loaded).to(where).requires_grad_(False).eval(), tokenizer
 
 
-def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LanguageModel:
+def _assemble(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str, processor: Any
+) -> LanguageModel:
     switch = AdapterSwitch.adopt(model) if isinstance(model, PeftModel) else AdapterSwitch(model)
     base = switch.model
     base.requires_grad_(False).eval()
@@ -169,17 +180,16 @@ def _assemble(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     if isinstance(model, PeftModel):
         adapter = str(model.active_adapter)
         model.eval()
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return LanguageModel(
-        Body(base, tokenizer, Backbone(base), switch, _eos_ids(base, tokenizer), context, name), adapter
-    )
+    backbone, eos = backbone_of(base), _eos_ids(base, tokenizer)
+    return LanguageModel(Body(base, tokenizer, backbone, switch, eos, name, processor), adapter)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that the model or its tokenizer ends a text with."""
     generation = getattr(model, "generation_config", None)
     found: list[Any] = []
-    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    configs = (generation, model.config, model.config.get_text_config(decoder=True))
+    for value in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [] if value is None else [value]
     return tuple(dict.fromkeys(found))
 
@@ -238,12 +248,6 @@ def quieten() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where prepared models live: TILTLM_CACHE, or the user's cache folder."""
-    root = os.environ.get("TILTLM_CACHE") or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-    return Path(root) / "tiltlm"
 
 
 def _converted(file: Path, name: str) -> Path:

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.lm.backbone import Backbone, Prefix, select_cache
+from tiltlm.lm.backbone import Backbone, Prefix
 from tiltlm.lm.head import apply_law
 from tiltlm.protocols import Law
+from tiltlm.records import Prompts
 
 BLOCK = 256
 
@@ -64,8 +65,7 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
 
 def sample(
     backbone: Backbone,
-    tokens: Int[Tensor, "P L"],
-    mask: Bool[Tensor, "P L"],
+    prompts: Prompts,
     n: int,
     law: Law,
     eos: tuple[int, ...],
@@ -83,15 +83,15 @@ def sample(
         has_stop: tells of a completion so far whether it contains a stop string.
         progress: called with the number of completions that a wave has finished.
     """
-    count = len(tokens)
+    count = len(prompts)
     uniform = torch.rand(count * n, law.max_new_tokens, generator=rng, dtype=torch.float64)
     waves: list[Sampled] = []
     together = max(1, rows // n)
     with torch.inference_mode():
         for first in range(0, count, together):
-            some = slice(first, min(first + together, count))
-            prefix = backbone.prefill(tokens[some], mask[some])
-            owner = torch.arange(some.stop - some.start).repeat_interleave(n)
+            some = range(first, min(first + together, count))
+            prefix = backbone.prefill(prompts.select(some))
+            owner = torch.arange(len(some)).repeat_interleave(n)
             for start in range(0, len(owner), rows):
                 part = owner[start : start + rows]
                 numbers = uniform[some.start * n + start :][: len(part)]
@@ -114,7 +114,7 @@ def _wave(
 ) -> Sampled:
     """Decode one batch of rows to the end."""
     count, limit = len(prefix.mask), law.max_new_tokens
-    head, cache = backbone.head, prefix.cache
+    head, memory = backbone.head, prefix.memory
     device = prefix.last.device
     uniform = uniform.to(device)
     ends = torch.tensor(eos, dtype=torch.long, device=device)
@@ -140,7 +140,7 @@ def _wave(
             break
         if going.sum() <= math.floor(0.875 * len(alive)):
             rows = going.nonzero().flatten()
-            cache, seen, token, alive = select_cache(cache, rows), seen[rows], token[rows], alive[rows]
+            memory, seen, token, alive = memory.rows(rows), seen[rows], token[rows], alive[rows]
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-        logits = head.logits(backbone.features(token[:, None], seen, cache)[:, -1])
+        logits = head.logits(backbone.features(token[:, None], seen, memory)[:, -1])
     return Sampled(tokens.cpu(), mask.cpu(), ended.cpu(), log_q.cpu())

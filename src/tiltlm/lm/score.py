@@ -18,13 +18,13 @@ def completion_features(backbone: Backbone, draws: Draws) -> tuple[Float[Tensor,
     Prompts are run once and shared by their completions; padding does not reach the head.
     """
     unique, owner = draws.prompt_index.unique(return_inverse=True)
-    prefix = backbone.prefill(draws.prompts.tokens[unique], draws.prompts.mask[unique]).rows(owner)
+    prefix = backbone.prefill(draws.prompts.select(unique.tolist())).rows(owner)
     width = max(1, int(draws.lengths.max()))
     mask = draws.mask[:, :width]
     features = prefix.last[:, None]
     if width > 1:
         seen = torch.cat([prefix.mask, mask[:, :-1].to(prefix.mask.device)], dim=-1)
-        after = backbone.features(draws.tokens[:, : width - 1], seen, prefix.cache)
+        after = backbone.features(draws.tokens[:, : width - 1], seen, prefix.memory)
         features = torch.cat([features, after], dim=1)
     return features[mask.to(features.device)], mask
 

@@ -1,64 +1,125 @@
-"""Texts to tokens and back: chat templates whole and once, never two BOS, never an EOS before the completion."""
+"""Prompts to tokens and back: chat templates whole and once, never two BOS, never an EOS before the completion."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tiltlm.errors import InputError
+from tiltlm.lm.images import empty_like, image_name, open_image, pixels, read_with_text, values_of, with_images
 from tiltlm.records import Prompts, Text
 
-COLUMN = "prompt"
+COLUMN, IMAGE = "prompt", "image"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model reads prompts.
+
+    Attributes:
+        eos: ids that end a completion.
+        processor: transformers' processor, for a model that reads images.
+        source: prompts are sources of an encoder, which keep the tokenizer's end token.
+        image_alone: an image is the whole prompt.
+        reads_images: images may be in prompts, or are prompts.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: tuple[int, ...] = ()
+    processor: Any = None
+    source: bool = False
+    image_alone: bool = False
+    reads_images: bool = False
+
+    @property
+    def templater(self) -> Any:
+        """Whose chat template holds: the processor's, if it has one."""
+        return self.processor if getattr(self.processor, "chat_template", None) else self.tokenizer
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One prompt: as the user wrote it, its tokens, and what the model reads beside them."""
+
+    text: Text
+    ids: list[int]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def encode(
     data: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    eos: tuple[int, ...],
+    reader: Reader,
     *,
     room: int | None = None,
     chat: bool | None = None,
     column: str = COLUMN,
+    image: str = IMAGE,
 ) -> Prompts:
     """Tokenise prompts.
 
     Args:
-        data: strings, conversations (lists of messages) or rows (mappings with `column` and further columns;
-            a `datasets.Dataset` is such a sequence).
-        room: most tokens a prompt may have, so that the completion still fits into the model's context.
+        data: strings, conversations (lists of messages) or rows (mappings with `column`, or with `image`, and further columns;
+            a `datasets.Dataset` is such a sequence). Where an image is the whole prompt, images by themselves.
+        room: most tokens a prompt may have: what the encoder takes, or what leaves space for the completion.
         chat: True sends plain strings through the chat template as one user message; None and False leave
             strings as they are. Conversations always take the template.
+        image: the column that holds a prompt's image (or a list of them), where the model reads images.
 
     Raises:
         InputError: naming the prompt's number and what is wrong with it.
     """
-    rows = [_row(item, column, number) for number, item in enumerate(data, 1)]
+    rows = [_row(item, column, image, reader, number) for number, item in enumerate(data, 1)]
     if not rows:
         raise InputError("there are no prompts: the list is empty; give at least one")
-    texts: list[Text] = [_text(row[column], number, chat) for number, row in enumerate(rows, 1)]
-    ids = [_tokens(text, tokenizer, eos, number) for number, text in enumerate(texts, 1)]
-    for number, tokens in enumerate(ids, 1):
-        if room is not None and len(tokens) > room:
-            raise InputError(
-                f"prompt {number} has {len(tokens)} tokens, and with the completion the model's context leaves room "
-                f"for {room}; shorten the prompt or lower max_new_tokens"
-            )
-    width = max(len(tokens) for tokens in ids)
-    padded = torch.zeros(len(ids), width, dtype=torch.long)
-    mask = torch.zeros(len(ids), width, dtype=torch.bool)
-    for row, tokens in enumerate(ids):
-        padded[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = True
-    names = [name for name in rows[0] if name != column]
+    read = [_read(row, column, image, chat, reader, number) for number, row in enumerate(rows, 1)]
+    for number, prompt in enumerate(read, 1):
+        if room is not None and len(prompt.ids) > room:
+            raise InputError(_too_long(number, len(prompt.ids), room, reader))
+    width = max(len(prompt.ids) for prompt in read)
+    padded = torch.zeros(len(read), width, dtype=torch.long)
+    mask = torch.zeros(len(read), width, dtype=torch.bool)
+    for row, prompt in enumerate(read):
+        padded[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids, dtype=torch.long)
+        mask[row, width - len(prompt.ids) :] = True
+    own = {column, image} if reader.processor is not None else {column}
+    names = [name for name in rows[0] if name not in own]
     columns = {name: tuple(row.get(name) for row in rows) for name in names}
-    return Prompts(padded, mask, tuple(texts), columns)
+    return Prompts(padded, mask, tuple(prompt.text for prompt in read), columns, inputs=_together(read))
 
 
-def _row(item: Any, column: str, number: int) -> Mapping[str, Any]:
+def _too_long(number: int, tokens: int, room: int, reader: Reader) -> str:
+    if reader.source:
+        return f"prompt {number} has {tokens} tokens, and the encoder takes {room}; shorten the source, or split it"
+    return (
+        f"prompt {number} has {tokens} tokens, and with the completion the model's context leaves room "
+        f"for {room}; shorten the prompt or lower max_new_tokens"
+    )
+
+
+def _together(read: Sequence[_Read]) -> dict[str, tuple[Tensor, ...]]:
+    """The inputs by name, a tensor a prompt."""
+    some = {name: tensor for prompt in read for name, tensor in prompt.inputs.items()}
+    return {
+        name: tuple(p.inputs.get(name, empty_like(tensor, name, len(p.ids))) for p in read)
+        for name, tensor in some.items()
+    }
+
+
+def _row(item: Any, column: str, image: str, reader: Reader, number: int) -> Mapping[str, Any]:
+    if reader.image_alone:
+        row = item if isinstance(item, Mapping) and not {"bytes", "path"} & set(item) else {image: item}
+        if row.get(image) is None:
+            raise InputError(
+                f"prompt {number} has no image in column {image!r}; it has {', '.join(map(repr, row)) or 'none'}: name the one "
+                f"that holds the image (image: NAME)"
+            )
+        return row
     if not isinstance(item, Mapping):
         return {column: item}
     if column not in item:
@@ -67,6 +128,55 @@ def _row(item: Any, column: str, number: int) -> Mapping[str, Any]:
             f"name the one that holds the prompt (column: NAME)"
         )
     return item
+
+
+def _read(
+    row: Mapping[str, Any], column: str, image: str, chat: bool | None, reader: Reader, number: int
+) -> _Read:
+    if reader.image_alone:
+        return _read_image(row, column, image, reader, number)
+    text = _text(row[column], number, chat)
+    if reader.processor is None:
+        if _asks_for_image(text) or (reader.reads_images and values_of(row.get(image))):
+            raise InputError(f"prompt {number} has an image, {_no_processor(reader)}")
+        return _Read(text, _tokens(text, reader, number))
+    images = values_of(row.get(image))
+    if isinstance(text, str):
+        token = getattr(reader.processor, "image_token", None)
+        rendered = text if not images or token is None or token in text else token * len(images) + text
+    else:
+        text, images = with_images(text, images)
+        rendered = render(text, reader.templater, number)
+    if not images:
+        return _Read(text, _tokens(text, reader, number))
+    opened = [open_image(value, number) for value in images]
+    ids, inputs = read_with_text(reader.processor, rendered, opened, number, special=isinstance(text, str))
+    return _Read(text, _one_bos(ids, reader.tokenizer), inputs)
+
+
+def _read_image(row: Mapping[str, Any], column: str, image: str, reader: Reader, number: int) -> _Read:
+    if reader.processor is None:
+        raise InputError(f"prompt {number} is an image, {_no_processor(reader)}")
+    if row.get(column) is not None:
+        raise InputError(
+            f"prompt {number} has a text in column {column!r}, but the model reads its image alone; leave that column out, or name "
+            f"another one (column: NAME)"
+        )
+    values = values_of(row[image])
+    if len(values) != 1:
+        raise InputError(f"prompt {number} has {len(values)} images; the model reads one")
+    return _Read(image_name(values[0], number), [], pixels(reader.processor, open_image(values[0], number), number))
+
+
+def _no_processor(reader: Reader) -> str:
+    if reader.reads_images:
+        return "and the model comes without an image processor; put one into its folder, or give load(..., processor=...)"
+    return "and the model reads texts alone; take a vision-language model"
+
+
+def _asks_for_image(text: Text) -> bool:
+    contents = [] if isinstance(text, str) else [message.get("content") for message in text]
+    return any(part.get("type") == "image" for some in contents if isinstance(some, list) for part in some)
 
 
 def _text(value: Any, number: int, chat: bool | None) -> Text:
@@ -82,44 +192,57 @@ def _text(value: Any, number: int, chat: bool | None) -> Text:
     )
 
 
-def _tokens(text: Text, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], number: int) -> list[int]:
-    if isinstance(text, str):
-        ids = list(tokenizer(text)["input_ids"])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        while len(ids) > 1 and ids[-1] in eos and not text.endswith(str(tokenizer.decode(ids[-1]))):
-            ids.pop()  # some tokenizers end every text; a prompt is not the end
+def _tokens(text: Text, reader: Reader, number: int) -> list[int]:
+    tokenizer: Any = reader.tokenizer
+    if not isinstance(text, str):
+        text = render(text, reader.templater, number)
+        ids = list(tokenizer(text)["input_ids"]) if reader.source else tokens_of(text, tokenizer)
     else:
-        ids = tokens_of(render(text, tokenizer, number), tokenizer)
-    bos = tokenizer.bos_token_id
-    while len(ids) > 1 and bos is not None and ids[0] == bos and ids[1] == bos:
-        ids.pop(0)
+        ids = list(tokenizer(text)["input_ids"])
+        while not reader.source and len(ids) > 1 and ids[-1] in reader.eos and not text.endswith(str(tokenizer.decode(ids[-1]))):
+            ids.pop()  # some tokenizers end every text; a prompt is not the end
+    ids = _one_bos(ids, tokenizer)
     if not ids:
         raise InputError(f"prompt {number} {text!r} has no tokens; write a text that the tokenizer knows")
     return ids
 
 
-def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text, with nothing added: special tokens are in it already, or are not wanted."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = tokenizer.bos_token_id
+    while len(ids) > 1 and bos is not None and ids[0] == bos and ids[1] == bos:
+        ids = ids[1:]
+    return ids
 
 
-def render(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, number: int, *, answered: bool = False) -> str:
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> list[int]:
+    """The ids of a text, with nothing added: special tokens are in it already, or are not wanted.
+
+    Args:
+        target: the text is what an encoder–decoder writes, whose tokenizer may have a second vocabulary for it.
+    """
+    known: Any = tokenizer
+    return list(known(**{"text_target" if target else "text": text}, add_special_tokens=False)["input_ids"])
+
+
+def render(messages: Sequence[Any], templater: Any, number: int, *, answered: bool = False) -> str:
     """A conversation as the chat template writes it: up to where the model goes on, or with the last turn ended.
 
     Args:
+        templater: the tokenizer, or a processor with a template of its own.
         number: of the prompt, for the error message.
         answered: the last message is the answer, and ends as the template ends it.
 
     Raises:
         InputError: if there is no template, or the messages do not fit it.
     """
-    if tokenizer.chat_template is None:
+    if templater.chat_template is None:
         raise InputError(
             f"prompt {number} is a list of messages, but the model has no chat template; use an instruction-tuned "
             f"model, or give the prompt as plain text"
         )
     answering = not answered and messages[-1]["role"] == "assistant"
     try:
-        text = tokenizer.apply_chat_template(
+        text = templater.apply_chat_template(
             [dict(m) for m in messages],
             tokenize=False,
             add_generation_prompt=not answering and not answered,

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tiltlm.lm.backbone import select_cache
 from tiltlm.records import Prompts
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ class Stream:
         self._adapters, self._backbone, self._adapter = critic.body.adapters, critic.prior.body.backbone, adapter
         self._adapters.activate(adapter)
         with torch.no_grad():
-            prefix = self._backbone.prefill(prompts.tokens, prompts.mask).rows(index)
-        self._cache, self._seen, self._features = prefix.cache, prefix.mask, prefix.last
+            prefix = self._backbone.prefill(prompts).rows(index)
+        self._memory, self._seen, self._features = prefix.memory, prefix.mask, prefix.last
         self._pending: Tensor | None = None
 
     @torch.no_grad()
@@ -31,7 +30,7 @@ class Stream:
         """Those that predict the next token; of no meaning for a row that has ended."""
         if self._pending is not None:
             self._adapters.activate(self._adapter)
-            self._features = self._backbone.features(self._pending, self._seen, self._cache)[:, -1]
+            self._features = self._backbone.features(self._pending, self._seen, self._memory)[:, -1]
             self._pending = None
         return self._features
 
@@ -42,7 +41,7 @@ class Stream:
 
     def select(self, rows: Int[Tensor, " B"]) -> None:
         there = rows.to(self._seen.device)
-        self._cache, self._seen = select_cache(self._cache, there), self._seen[there]
+        self._memory, self._seen = self._memory.rows(there), self._seen[there]
         self._features = self._features[there]
         self._pending = None if self._pending is None else self._pending[rows]
 

@@ -21,9 +21,10 @@ from tiltlm.lm.adapters import AdapterSwitch, LoRA
 from tiltlm.lm.backbone import Backbone
 from tiltlm.lm.head import apply_law, token_kl, token_log_prob
 from tiltlm.lm.heads import ValueHead
+from tiltlm.lm.kinds import backbone_of, reads_images
 from tiltlm.lm.sample import sample
 from tiltlm.lm.score import batches, completion_features, scatter
-from tiltlm.lm.text import decode, encode
+from tiltlm.lm.text import Reader, decode, encode
 from tiltlm.lm.walk import ModelWalk, redraw
 from tiltlm.protocols import Law
 from tiltlm.records import Draws, Forward, Prompts
@@ -43,7 +44,7 @@ class Body:
 
     Attributes:
         eos: ids that end a completion.
-        context: most tokens of prompt and completion together, None where the model sets no limit.
+        processor: transformers' processor, for a model that reads images.
         key: tells this body from any other of the process.
     """
 
@@ -52,9 +53,25 @@ class Body:
     backbone: Backbone
     adapters: AdapterSwitch
     eos: tuple[int, ...]
-    context: int | None
     name: str
+    processor: Any = None
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that a completion may be made of."""
+        return self.backbone.vocabulary
+
+    @property
+    def reader(self) -> Reader:
+        """How prompts become what the model reads."""
+        sees, encoder = reads_images(self.model), self.backbone.has_encoder
+        return Reader(self.tokenizer, self.eos, self.processor, encoder, encoder and sees, sees)
+
+    @property
+    def templater(self) -> Any:
+        """Whose chat template holds: the processor's, if it has one, or the tokenizer's."""
+        return self.reader.templater
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +81,7 @@ class View:
     Attributes:
         chat: whether plain strings are sent through the chat template; None and False leave them as they are.
         column: the column that holds the prompt, where prompts come as rows.
+        image: the column that holds its image, where the model reads images.
         rows: most completions in the model at a time when drawing.
         progress: called with the number of completions that have just been drawn.
     """
@@ -73,22 +91,18 @@ class View:
     adapter: str | None = None
     chat: bool | None = None
     column: str = "prompt"
+    image: str = "image"
     rows: int = 256
     progress: Callable[[int], None] | None = None
 
     def encode(self, data: Prompts | Sequence[Any]) -> Prompts:
-        """Tokenise prompts: strings, conversations or rows. `Prompts` pass through."""
+        """Tokenise prompts: strings, conversations, rows, images. `Prompts` pass through."""
         if isinstance(data, Prompts):
             return data
-        room = None if self.body.context is None else self.body.context - self.law.max_new_tokens
-        if room is not None and room < 1:
-            raise InputError(
-                f"max_new_tokens is {self.law.max_new_tokens}, but {self.body.name} has a context of "
-                f"{self.body.context} tokens; lower max_new_tokens"
-            )
+        room = self.body.backbone.room(self.law.max_new_tokens)
         if isinstance(data, str):
             data = [data]
-        return encode(data, self.body.tokenizer, self.body.eos, room=room, chat=self.chat, column=self.column)
+        return encode(data, self.body.reader, room=room, chat=self.chat, column=self.column, image=self.image)
 
     def draw(self, prompts: Prompts, n: int, rng: Generator) -> Draws:
         """Draw `n` completions of every prompt; the rows of one prompt are neighbours.
@@ -98,8 +112,7 @@ class View:
         self._activate()
         raw = sample(
             self.body.backbone,
-            prompts.tokens,
-            prompts.mask,
+            prompts,
             n,
             self.law,
             self.body.eos,
@@ -249,7 +262,7 @@ class ModelPrior(View):
 
     def policy_of(self, body: Body) -> ModelPolicy:
         """Another model with the same vocabulary as a policy with this prior as its reference."""
-        sizes = [b.model.config.get_text_config().vocab_size for b in (self.body, body)]
+        sizes = [b.vocabulary for b in (self.body, body)]
         if sizes[0] != sizes[1]:
             raise InputError(
                 f"policy {body.name!r} has {sizes[1]} tokens and the prior {self.body.name!r} has {sizes[0]}; they must share a "
@@ -258,7 +271,7 @@ class ModelPrior(View):
         return ModelPolicy(**self._parts(body, None), prior=self)
 
     def _parts(self, body: Body, adapter: str | None) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("law", "chat", "column", "rows", "progress")}
+        kept = {name: getattr(self, name) for name in ("law", "chat", "column", "image", "rows", "progress")}
         return {"body": body, "adapter": adapter, **kept}
 
     def _full_copy(self) -> Body:
@@ -272,7 +285,7 @@ class ModelPrior(View):
             else:
                 model = whole.merge_and_unload(adapter_names=[self.adapter])
         model.requires_grad_(True).eval()
-        fresh = {"backbone": Backbone(model), "adapters": AdapterSwitch(model), "key": uuid.uuid4().hex}
+        fresh = {"backbone": backbone_of(model), "adapters": AdapterSwitch(model), "key": uuid.uuid4().hex}
         return replace(self.body, model=model, **fresh)
 
 
@@ -336,12 +349,14 @@ class ModelPolicy(View):
         return self.prior.fingerprint()
 
     def save(self, folder: Path) -> None:
-        """Write the adapter (PEFT's format) or the whole model (transformers'), with the tokenizer."""
+        """Write the adapter (PEFT's format) or the whole model (transformers'), with the tokenizer and what reads its images."""
         if self.adapter is not None:
             self.body.adapters.save(self.adapter, folder)
         else:
             self.body.model.save_pretrained(folder)
         self.body.tokenizer.save_pretrained(folder)
+        if self.body.processor is not None:
+            self.body.processor.save_pretrained(folder)
         if self.value_head is not None:
             save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 

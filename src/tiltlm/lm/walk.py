@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.lm.backbone import Prefix, select_cache
+from tiltlm.lm.backbone import Prefix
 from tiltlm.lm.sample import pick
 from tiltlm.lm.text import decode
 from tiltlm.records import Draws, Prompts
@@ -30,7 +31,7 @@ class ModelWalk:
 
     def __init__(self, view: View, prefix: Prefix, so_far: Draws) -> None:
         self._view, self._prompts, self._index = view, so_far.prompts, so_far.prompt_index
-        self._cache, self._seen, self._features = prefix.cache, prefix.mask, prefix.last
+        self._memory, self._seen, self._features = prefix.memory, prefix.mask, prefix.last
         self._pending: Tensor | None = None
         self._known: Tensor | None = None
         room = view.law.max_new_tokens - so_far.tokens.shape[1]
@@ -45,7 +46,7 @@ class ModelWalk:
         index = torch.arange(len(prompts)).repeat_interleave(n)
         empty = torch.zeros(len(index), 0)
         with torch.no_grad():
-            prefix = view.body.backbone.prefill(prompts.tokens, prompts.mask).rows(index)
+            prefix = view.body.backbone.prefill(prompts).rows(index)
         so_far = Draws(
             prompts=prompts,
             tokens=empty.long(),
@@ -59,12 +60,12 @@ class ModelWalk:
 
     @staticmethod
     def resume(view: View, draws: Draws) -> ModelWalk:
-        """The rows of `draws` as far as they go: prompt and completion together are the prompt that the model reads."""
+        """The rows of `draws` as far as they go, of one length unless the model takes several (`Backbone.takes_ragged`)."""
         view._activate()
-        prompts, index = draws.prompts, draws.prompt_index
-        tokens = torch.cat([prompts.tokens[index], draws.tokens * draws.mask], dim=-1)
+        unique, owner = draws.prompt_index.unique(return_inverse=True)
         with torch.no_grad():
-            prefix = view.body.backbone.prefill(tokens, torch.cat([prompts.mask[index], draws.mask], dim=-1))
+            prompts = draws.prompts.select(unique.tolist())
+            prefix = view.body.backbone.resume(prompts, owner, draws.tokens, draws.mask)
         return ModelWalk(view, prefix, draws)
 
     @property
@@ -78,7 +79,7 @@ class ModelWalk:
             self._view._activate()
             with torch.no_grad():
                 if self._pending is not None:
-                    self._features = self._view.body.backbone.features(self._pending, self._seen, self._cache)[:, -1]
+                    self._features = self._view.body.backbone.features(self._pending, self._seen, self._memory)[:, -1]
                     self._pending = None
                 self._known = self._view._next(self._features)
         return self._known
@@ -98,7 +99,7 @@ class ModelWalk:
     def select(self, rows: Int[Tensor, " B"]) -> None:
         """Replace the rows by copies of those at `rows`, their caches included."""
         there = rows.to(self._seen.device)
-        self._cache, self._seen = select_cache(self._cache, there), self._seen[there]
+        self._memory, self._seen = self._memory.rows(there), self._seen[there]
         self._features = self._features[there]
         self._pending = None if self._pending is None else self._pending[rows]
         self._known = None if self._known is None else self._known[there]
@@ -138,8 +139,8 @@ def redraw(view: View, draws: Draws, keep: Int[Tensor, " B"], rng: Generator) ->
     kept = _prefixes(view, draws, keep)
     finished: list[Draws] = []
     order: list[Tensor] = []
-    for start in range(0, len(draws), view.rows):
-        rows = torch.arange(start, min(start + view.rows, len(draws)))
+    for group in _together(view, kept):
+        rows = group
         walk = ModelWalk.resume(view, kept.select(rows))
         step = 0
         while (live := walk.live).any():
@@ -155,6 +156,15 @@ def redraw(view: View, draws: Draws, keep: Int[Tensor, " B"], rng: Generator) ->
         finished.append(walk.draws())
         order.append(rows)
     return Draws.concatenate(finished).select(torch.cat(order).argsort())
+
+
+def _together(view: View, kept: Draws) -> Iterator[Int[Tensor, " N"]]:
+    """The rows that are redrawn together: as many as the view takes, and of one length where the model asks for that."""
+    groups = [torch.arange(len(kept))]
+    if not view.body.backbone.takes_ragged(kept.prompts):
+        groups = [(kept.lengths == length).nonzero().flatten() for length in kept.lengths.unique()]
+    for group in groups:
+        yield from group.split(view.rows)
 
 
 def _prefixes(view: View, draws: Draws, keep: Int[Tensor, " B"]) -> Draws:

@@ -32,12 +32,12 @@ def enumerate_completions(sampler: Any, prompts: Prompts, prompt: int = 0, limit
     listed whatever its vocabulary would allow.
 
     Args:
-        sampler: a prior or policy of `tiltlm.lm`, or any sampler with `complete` and `body.eos`.
+        sampler: a prior or policy of `tiltlm.lm`, or any sampler with `complete`, `body.eos` and `body.vocabulary`.
 
     Raises:
         InputError: if there are more than `limit` strings.
     """
-    vocabulary = sampler.body.model.config.vocab_size
+    vocabulary = sampler.body.vocabulary
     eos, depth = sampler.body.eos, sampler.law.max_new_tokens
     if sampler.law.stop:
         raise InputError("stop strings cannot be enumerated; take a law without them")

@@ -59,7 +59,7 @@ class Fluency(Part):
 
     @cached_property
     def _lm(self) -> LanguageModel:
-        return load(self.lm) if isinstance(self.lm, str) else self.lm
+        return _judge(self.lm)
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         if not texts:
@@ -105,7 +105,7 @@ class AnswerLikelihood(AgainstReference):
 
     @cached_property
     def _lm(self) -> LanguageModel:
-        return load(self.lm) if isinstance(self.lm, str) else self.lm
+        return _judge(self.lm)
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         references = self.references({self.column: columns[self.column]})
@@ -148,6 +148,16 @@ class PseudoLogLikelihood(Part):
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         totals, counts = self._mlm.pseudo_log_likelihood(texts)
         return (totals / counts.clamp(min=1) if self.normalise else totals).clamp(max=0.0).tolist()
+
+
+def _judge(lm: LanguageModel | str) -> LanguageModel:
+    """The language model that judges; it has to be one that goes on with a text."""
+    loaded = load(lm) if isinstance(lm, str) else lm
+    if loaded.body.backbone.has_encoder:
+        raise InputError(
+            f"lm is {loaded.body.name!r}, an encoder–decoder, which does not go on with a text; name a causal language model (lm: NAME)"
+        )
+    return loaded
 
 
 def _law(lm: LanguageModel, longest: int) -> ModelPrior:

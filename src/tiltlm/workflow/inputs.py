@@ -28,11 +28,13 @@ Load = Callable[[str, str], tuple[TextFunction, str]]
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read_prompts(source: str, column: str) -> Sequence[Any]:
-    """Prompts from a file: the lines of a .txt, or the rows of a table with `column`.
+def read_prompts(source: str, column: str, image: str | None = None) -> Sequence[Any]:
+    """Prompts from a file: the lines of a .txt, or the rows of a table with `column`, or with images in the column `image`.
+
+    Paths of images are relative to the file if they exist there, else to the working folder.
 
     Raises:
-        InputError: if the file is missing, empty, of an unknown kind, or has no such column.
+        InputError: if the file is missing, empty, of an unknown kind, or has neither column.
     """
     path = Path(source)
     if not path.is_file():
@@ -54,17 +56,17 @@ def read_prompts(source: str, column: str) -> Sequence[Any]:
             f"prompts {source!r} is a {path.suffix or 'nameless'} file; use {', '.join(['.txt', *LOADERS])}"
         )
     rows = _table(path)
-    if column not in rows.column_names:
+    if column not in rows.column_names and image not in rows.column_names:
         raise InputError(
             f"column is {column!r}, but {source} has the columns {', '.join(rows.column_names)}; name the one with the prompts"
         )
     if not len(rows):
         raise InputError(f"prompts {source!r} has no rows; give at least one prompt")
-    return list(rows)
+    return _with_images_beside(path, list(rows), image)
 
 
-def read_completions(source: str) -> Sequence[Any]:
-    """Rows of completions or preferences, with TRL's columns.
+def read_completions(source: str, image: str | None = None) -> Sequence[Any]:
+    """Rows of completions or preferences, with TRL's columns; paths of images in the column `image` as for `read_prompts`.
 
     Raises:
         InputError: if the file is missing, empty, of an unknown kind, or has neither kind of columns.
@@ -79,7 +81,19 @@ def read_completions(source: str) -> Sequence[Any]:
             f"data {source!r} has the columns {', '.join(rows.column_names)}; it needs prompt, chosen and rejected, or prompt and "
             f"completion, or messages"
         )
-    return list(rows)
+    return _with_images_beside(path, list(rows), image)
+
+
+def _with_images_beside(file: Path, rows: list[Any], image: str | None) -> list[Any]:
+    """The rows with paths of images made relative to the file that names them, where there is such an image."""
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, list):
+            return [beside(item) for item in value]
+        near = file.parent / value if isinstance(value, str) else None
+        return str(near) if near is not None and near.is_file() else value
+
+    return [{**row, image: beside(row[image])} if image in row else row for row in rows]
 
 
 def read_rows(source: str) -> Sequence[Any]:

@@ -57,6 +57,7 @@ class Recipe(BaseModel):
     template: str | None = Field(
         None, description="Jinja2 template of the columns that makes the prompt, such as 'Q: {{ prompt }}\\nA:'"
     )
+    image: str = Field("image", description="column that holds its image, for models that read images")
     chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
     max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the prior's (and the policy's) sampling")

@@ -75,6 +75,7 @@ class Run:
             stop=tuple(r.stop),
             chat=r.chat,
             column=r.column,
+            image=r.image,
             adapter=r.prior_adapter,
         )
 
@@ -85,7 +86,7 @@ class Run:
     @cached_property
     def _rows(self) -> Sequence[Any]:
         r = self.recipe
-        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column), r.template, r.column)
+        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.image), r.template, r.column)
 
     @cached_property
     def given(self) -> Scored:
@@ -95,7 +96,7 @@ class Run:
 
     @cached_property
     def _given_rows(self) -> Sequence[Any]:
-        return [] if self.recipe.data is None else read_completions(self.recipe.data)
+        return [] if self.recipe.data is None else read_completions(self.recipe.data, self.recipe.image)
 
     @cached_property
     def _load(self) -> FunctionLoader:
@@ -242,7 +243,7 @@ class Run:
         """A hash of the prior, the prompts and what else something depends on."""
         r, prompts = self.recipe, self.prompts
         common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds, prompts.texts]
-        common += [prompts.tokens.tolist(), prompts.columns]
+        common += [prompts.fingerprint(), prompts.columns]
         return hashlib.sha256(json.dumps([*common, *parts], default=str).encode()).hexdigest()
 
     # --- train ---

@@ -11,7 +11,7 @@ from tiltlm.diagnostics.certificate import Certificate
 from tiltlm.diagnostics.degeneracy import length_correlation
 from tiltlm.evidence.gold import gold_name, gold_values
 from tiltlm.protocols import Evidence
-from tiltlm.records import Prompts, Scored, Weighted
+from tiltlm.records import Prompts, Scored, Weighted, shown
 from tiltlm.target import Target
 from tiltlm.weights import group_count, group_logsumexp, resample
 
@@ -29,7 +29,7 @@ def side_by_side(
     kinds = {"prior": prior, "posterior": exact, "policy": policy}
     rows = []
     for number, text in enumerate(prompts.texts):
-        row: dict[str, Any] = {"prompt": text if isinstance(text, str) else text[-1]["content"]}
+        row: dict[str, Any] = {"prompt": shown(text)}
         row |= {kind: _shown(scored, number, target.beta) for kind, scored in kinds.items()}
         rows.append(row)
     return rows
@@ -100,7 +100,7 @@ def _heaviest(scored: Scored, beta: float, gold: Evidence | None) -> list[dict[s
         text = prompts.texts[int(index[i])]
         found.append(
             {
-                "prompt": text if isinstance(text, str) else text[-1]["content"],
+                "prompt": shown(text),
                 "text": scored.draws.texts[i],
                 "log_weight": float(relative[i]),
                 "reward": float(beta * scored.log_evidence[i]),

@@ -1,0 +1,95 @@
+"""Causal language models: the prompt is the beginning of the text, and may have images in it."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from tiltlm.errors import InputError
+from tiltlm.lm.backbone import Backbone, Memory, Prefix, joined, left_pad, to_device
+from tiltlm.records import Prompts
+
+BY_TOKEN = "token_type_ids"
+"""Inputs whose names end so have a value for each token of the prompt, and are padded with it."""
+
+
+class CausalBackbone(Backbone):
+    """A decoder-only model. Pixels and the like go in with the prompt, and with nothing after it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._parameters = inspect.signature(model.forward).parameters
+        super().__init__(model)
+
+    def _find_body(self) -> nn.Module | None:
+        prefix = self.model.base_model_prefix
+        body = getattr(self.model, prefix, None) if prefix else None
+        return body if isinstance(body, nn.Module) else None
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(1, 4, device=self.device)[None] % self.vocabulary
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        expected = self.model(input_ids=ids, attention_mask=mask.long()).logits
+        return expected[0], self.features(ids, mask)[0]
+
+    def _run(
+        self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None, **inputs: Tensor
+    ) -> Float[Tensor, "B S D"]:
+        positions = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
+        extra = {"position_ids": positions} if "position_ids" in self._parameters else {}
+        split = self._split
+        run = split if split is not None else self.model
+        out = run(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=None if memory is None else memory.cache,
+            use_cache=memory is not None,
+            **extra,
+            **inputs,
+        )
+        return out.last_hidden_state if split is not None else out.logits
+
+    def prefill(self, prompts: Prompts) -> Prefix:
+        """Run the prompts once; inside they are padded on the left."""
+        if not int(prompts.mask.any(-1).all()):
+            raise InputError("a prompt has no tokens; write a text that the tokenizer knows")
+        tokens, mask = left_pad(prompts.tokens.to(self.device), prompts.mask.to(self.device))
+        return self._read(tokens, mask, self._inputs(prompts, tokens.shape[1]))
+
+    def resume(
+        self, prompts: Prompts, rows: Int[Tensor, " B"], tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Prefix:
+        """Read on from where completions stand: prompt and beginning together are what the model reads."""
+        if not self.takes_ragged(prompts):
+            return super().resume(prompts, rows, tokens, mask)
+        whole = torch.cat([prompts.tokens[rows], tokens * mask], dim=-1).to(self.device)
+        return self._read(*left_pad(whole, torch.cat([prompts.mask[rows], mask], dim=-1).to(self.device)), {})
+
+    def takes_ragged(self, prompts: Prompts) -> bool:
+        return not prompts.inputs  # an image token in a completion is no image, so prompts with pixels are read alone
+
+    def room(self, max_new_tokens: int) -> int | None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        room = None if limit is None else limit - max_new_tokens
+        if room is not None and room < 1:
+            raise InputError(
+                f"max_new_tokens is {max_new_tokens}, but the model has a context of {limit} tokens; lower max_new_tokens"
+            )
+        return room
+
+    def _read(self, tokens: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Prefix:
+        memory = Memory(DynamicCache(config=self.model.config))
+        return Prefix(memory, mask, self.features(tokens, mask, memory, **inputs)[:, -1])
+
+    def _inputs(self, prompts: Prompts, width: int) -> dict[str, Tensor]:
+        """What goes in beside the tokens, for all prompts together."""
+        found = {}
+        for name, parts in prompts.inputs.items():
+            if name.endswith(BY_TOKEN):
+                found[name] = torch.stack([nn.functional.pad(part[0], (width - part.shape[1], 0)) for part in parts])
+            elif any(len(part) for part in parts):
+                found[name] = joined(parts)
+        return to_device(found, self.model)

@@ -1,0 +1,116 @@
+"""The sizes of a small model, and the models of these sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+
+from tiltlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a transformer.
+
+    Attributes:
+        width: of the hidden states.
+        layers: of the decoder, and of the encoder where it is trained.
+        heads: of attention; they divide the width.
+        feedforward: width between the two matrices after attention.
+        dropout: while training.
+    """
+
+    width: int = 192
+    layers: int = 2
+    heads: int = 6
+    feedforward: int = 512
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "feedforward"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % self.heads:
+            raise InputError(f"heads is {self.heads} and width {self.width}; take heads that divide the width")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}; it must be at least 0 and below 1, for example 0.1")
+
+
+def make_translator(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A T5 (Raffel et al. 2020) at random weights, its embeddings shared by source, target and head.
+
+    T5, because relative positions have no longest source, and because layers that are normalised first take a large
+    learning rate from the first step on.
+    """
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=size.width,
+        d_kv=size.width // size.heads,
+        d_ff=size.feedforward,
+        num_layers=size.layers,
+        num_decoder_layers=size.layers,
+        num_heads=size.heads,
+        dropout_rate=size.dropout,
+        feed_forward_proj="relu",
+        tie_word_embeddings=True,
+        pad_token_id=_id(tokenizer.pad_token_id),
+        eos_token_id=_id(tokenizer.eos_token_id),
+        decoder_start_token_id=_id(tokenizer.pad_token_id),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(config)
+
+
+def make_captioner(
+    size: Size, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, seed: int
+) -> PreTrainedModel:
+    """A GPT-2 at random weights that attends to an image encoder's patches; the encoder is frozen.
+
+    Args:
+        longest: most tokens of a caption, its end included.
+    """
+    pad, eos = _id(tokenizer.pad_token_id), _id(tokenizer.eos_token_id)
+    decoder = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=longest,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_inner=size.feedforward,
+        resid_pdrop=size.dropout,
+        embd_pdrop=size.dropout,
+        attn_pdrop=size.dropout,
+        bos_token_id=pad,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder.config, decoder, decoder_start_token_id=pad, pad_token_id=pad, eos_token_id=eos
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VisionEncoderDecoderModel(config, encoder=encoder, decoder=GPT2LMHeadModel(decoder))
+    known = cast("Any", model).generation_config
+    known.decoder_start_token_id, known.bos_token_id, known.pad_token_id, known.eos_token_id = pad, pad, pad, eos
+    encoder.requires_grad_(False)
+    return model
+
+
+def _id(token: Any) -> int:
+    assert isinstance(token, int), "the tokenizer has a padding and an end token"
+    return token
