@@ -138,9 +138,10 @@ class TestRecipe:
         assert cli("plan", "../recipe.yaml").code == 0
 
     def test_every_field_is_a_flag(self):
-        from tiltlm.cli.options import GROUPS
+        from tiltlm.cli.options import FILE_ONLY, GROUPS
 
-        assert sorted(Recipe.model_fields) == sorted(name for names in GROUPS.values() for name in names)
+        flags = [name for names in GROUPS.values() for name in names]
+        assert sorted(Recipe.model_fields) == sorted([*flags, *FILE_ONLY])
 
 
 class TestPrompts:

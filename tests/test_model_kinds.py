@@ -464,9 +464,13 @@ def test_targets_are_written_in_the_targets_own_vocabulary():
 def test_a_source_longer_than_the_encoder_takes_is_said_and_not_cut(kind):
     prior, _ = small(kind)
     prior.encode(["a " * 15])
-    with pytest.raises(tl.InputError, match="prompt 2 has 17 tokens, and the encoder takes 16; shorten the source, or split it"):
+    with pytest.raises(
+        tl.InputError, match="prompt 2 has 17 tokens, and the encoder takes 16; shorten the source, or split it"
+    ):
         prior.encode(["a", "a " * 16])
-    with pytest.raises(tl.InputError, match=r"max_new_tokens is 18, but the model's decoder writes at most 1[56]; lower"):
+    with pytest.raises(
+        tl.InputError, match=r"max_new_tokens is 18, but the model's decoder writes at most 1[56]; lower"
+    ):
         replace(prior, law=replace(prior.law, max_new_tokens=18)).encode(["a"])
 
 
@@ -485,7 +489,11 @@ def test_bad_prompts_are_one_sentence(tmp_path):
     cases = [
         (text, ["a", "  "], "prompt 2 is empty"),
         (text, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "the model reads texts alone"),
-        (sees, [{"image": ok}, {"image": str(tmp_path / "none.png")}], "prompt 2: there is no image '.*none.png'; check"),
+        (
+            sees,
+            [{"image": ok}, {"image": str(tmp_path / "none.png")}],
+            "prompt 2: there is no image '.*none.png'; check",
+        ),
         (sees, [str(tmp_path / "broken.png")], "prompt 1: image '.*broken.png' cannot be read"),
         (sees, [str(tmp_path / "cut.png")], "prompt 1: image '.*cut.png' cannot be read .*truncated"),
         (sees, [b"no image"], r"prompt 1: an image \(bytes\) cannot be read"),
@@ -494,7 +502,11 @@ def test_bad_prompts_are_one_sentence(tmp_path):
         (sees, [{"photo": ok}], "prompt 1 has no image in column 'image'; it has 'photo'"),
         (sees, [{"image": None}], "prompt 1 has no image"),
         (sees, [{"image": [ok, ok]}], "prompt 1 has 2 images; the model reads one"),
-        (sees, [{"image": ok, "prompt": "a"}], "prompt 1 has a text in column 'prompt', but the model reads its image alone"),
+        (
+            sees,
+            [{"image": ok, "prompt": "a"}],
+            "prompt 1 has a text in column 'prompt', but the model reads its image alone",
+        ),
         (chats, [{"prompt": "<image> <image> a", "image": ok}], "prompt 1 is refused by the model's processor"),
         (chats, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "prompt 1 .*(refused|places|image)"),
     ]

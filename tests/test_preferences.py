@@ -336,13 +336,11 @@ def test_bad_rows_are_named(b, row, says):
         preferences(world.prior, [row])
 
 
-def test_no_rows_stop_strings_and_impossible_completions(b):
+def test_no_rows_and_impossible_completions(b):
     world, _ = b
     with pytest.raises(tl.InputError, match="there are no rows"):
         preferences(world.prior, [])
     model, tokenizer = world.prior.body.model, world.prior.body.tokenizer
-    with pytest.raises(tl.InputError, match=r"stop is \('1',\)"):
-        preferences(load(model, tokenizer).prior(max_new_tokens=5, stop=("1",)), tabular_rows())
     with pytest.raises(tl.InputError, match="probability zero under the prior"):
         preferences(load(model, tokenizer).prior(max_new_tokens=5, top_k=1), tabular_rows())
 
@@ -504,3 +502,21 @@ def test_a_pool_of_scored_draws_is_compared_by_its_rewards(b, rng):
     pool = world.target.score(world.prior.draw(world.prompts, 200, rng))
     policy = tl.fit(world.target, world.prompts, engine=DPO(group=32), source=Pool(pool), steps=40, **QUICK)
     assert kl_to_posterior(policy, exact) < 0.3 * ex.kl(exact.log_prior, exact.log_posterior)
+
+
+# --- completions under stop strings ---
+
+
+def test_given_completions_end_where_a_draw_would():
+    """A stop string ends a completion: one that has none gets it, and what comes after it is not read."""
+    prior = load(make_model("llama"), make_tokenizer()).prior(max_new_tokens=12, stop=("z",))
+    rows = [{"prompt": "ab", "completion": text} for text in ("b", "bz", "bza")]
+    draws = demonstrations(prior, rows).draws
+    assert draws.texts == ("bz", "bz", "bz")
+    assert draws.ended.all()
+    drawn = prior.draw(draws.prompts, 50, torch.Generator().manual_seed(0))
+    again = prior.complete(
+        drawn.prompts, drawn.prompt_index, [ids[m].tolist() for ids, m in zip(drawn.tokens, drawn.mask, strict=True)]
+    )
+    assert again.ended.equal(drawn.ended)
+    assert_close(again.log_q, drawn.log_q, atol=1e-4, rtol=1e-4)

@@ -39,6 +39,7 @@ GROUPS = {
         "reward_cache",
     ),
     "Run": ("out", "seed"),
+    "Application": ("test", "completion"),
     "Samples": ("samples", "exact_budget"),
     "Training": (
         "engine",
@@ -71,6 +72,8 @@ GROUPS = {
     ),
 }
 """The panels of --help, and which fields are in them."""
+FILE_ONLY = ("metrics", "quick")
+"""Fields that are too much for a flag."""
 
 
 def recipe_command(*panels: str, kind: type[Recipe] = Recipe) -> Callable[[Callable[..., None]], Callable[..., None]]:

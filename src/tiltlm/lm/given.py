@@ -200,13 +200,11 @@ def _content(value: Any) -> str:
 def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
     """A completion's tokens with the end token, before any cut."""
     tokenizer, eos = prior.body.tokenizer, prior.body.eos
-    if prior.law.stop:
-        raise InputError(
-            f"stop is {prior.law.stop}, but given completions end with an end token; take a prior without stop strings"
-        )
     answer = answer_of(completion, number)
     begins = isinstance(prompt, str) or prior.body.backbone.has_encoder  # a decoder begins its answer on its own
     text = answer if begins else _turn(prior, prompt, answer, number)
+    if prior.law.stop:
+        return _stopped(prior, text, number)
     ids = tokens_of(text, tokenizer, target=prior.body.backbone.has_encoder)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
     if end is not None:
@@ -219,6 +217,18 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
             f"give max_new_tokens = {prior.law.max_new_tokens} tokens"
         )
     return ids
+
+
+def _stopped(prior: View, text: str, number: int) -> list[int]:
+    """The tokens of a completion up to its first stop string, with which it ends; one is added where there is none."""
+    whole = text if any(stop in text for stop in prior.law.stop) else text + prior.law.stop[0]
+    ids = tokens_of(whole, prior.body.tokenizer, target=prior.body.backbone.has_encoder)
+    end = next((end for end in range(1, len(ids) + 1) if prior.ends(ids[:end])), None)
+    if end is None:
+        raise InputError(
+            f"row {number}: completion {text!r:.60} does not end with stop {prior.law.stop} once it is tokenised; write it so that it does"
+        )
+    return ids[:end]
 
 
 def answer_of(completion: Any, number: int) -> str:

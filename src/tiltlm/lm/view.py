@@ -156,10 +156,15 @@ class View:
         for row, ids in enumerate(completions):
             tokens[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
             mask[row, : len(ids)] = True
-        ended = torch.tensor([len(ids) > 0 and ids[-1] in self.body.eos for ids in completions])
+        ended = torch.tensor([self.ends(ids) for ids in completions])
         texts = decode(tokens, mask, self.body.tokenizer)
         draws = Draws(prompts, tokens, mask, ended, index, torch.zeros(mask.shape), texts)
         return replace(draws, log_q=self.log_prob(draws), sampler=self.identity)
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether a completion of these tokens is over: by an end token, or by a stop string."""
+        ids = [int(token) for token in ids]
+        return bool(ids) and (ids[-1] in self.body.eos or (bool(self.law.stop) and self._has_stop(ids)))
 
     @property
     def identity(self) -> str:

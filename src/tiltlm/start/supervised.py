@@ -210,7 +210,11 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
             raise InputError(
                 f"every row is longer than {task.longest_source} tokens of source or {task.longest_target} of target; give shorter ones"
             )
-        states = [read[k] for k in kept] if read is not None else image_states(encoder, processor, [some[k] for k in kept], bar)
+        states = (
+            [read[k] for k in kept]
+            if read is not None
+            else image_states(encoder, processor, [some[k] for k in kept], bar)
+        )
         parts.append((kept, Pairs(states, [targets[k] for k in kept], tokenizer.pad_token_id)))
     (_, learn), (kept, judge) = parts
     if too_long:
@@ -242,7 +246,9 @@ def _appear(folder: Path, write: Callable[[Path], Any]) -> None:
         os.rename(unfinished, folder)  # over an empty folder, too
     except OSError as error:
         if not (folder / FACTS).is_file():  # else another process was faster
-            raise InputError(f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE") from error
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE"
+            ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -260,7 +266,9 @@ def _changed(task: Task, quick: bool, changes: Mapping[str, Any]) -> Task:
     size = {field.name for field in fields(Size)}
     wrong = next((name for name in changes if name not in schedule | size | {"vocabulary"}), None)
     if wrong is not None:
-        raise InputError(f"setting {wrong!r} is none of a start's; it has {', '.join(sorted(schedule | size))}, vocabulary")
+        raise InputError(
+            f"setting {wrong!r} is none of a start's; it has {', '.join(sorted(schedule | size))}, vocabulary"
+        )
     vocabulary = changes.get("vocabulary", task.vocabulary)
     if vocabulary < 300:
         raise InputError(f"vocabulary is {vocabulary}; it must be at least 300, for every byte is in it")

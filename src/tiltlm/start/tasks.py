@@ -132,7 +132,9 @@ def columns_of(task: Task, rows: Rows, split: str) -> tuple[list[Any], list[str]
         InputError: naming the split, the row and what is wrong with it.
     """
     if not rows:
-        raise InputError(f"the {split} rows are none; a start needs some to {'learn from' if split == 'train' else 'stop by'}")
+        raise InputError(
+            f"the {split} rows are none; a start needs some to {'learn from' if split == 'train' else 'stop by'}"
+        )
     sources, references = [], []
     for place, row in enumerate(rows):
         where = f"row {place + 1} of the {split} rows"

@@ -103,6 +103,17 @@ class Recipe(BaseModel):
     )
     reward_cache: bool = Field(False, description="the reward is deterministic: keep its values, in the run's folder")
 
+    # the application
+    test: str | None = Field(None, description="held-out prompts with references, for tiltlm task; read as prompts are")
+    metrics: list[dict[str, Any]] = Field(
+        [],
+        description="parts that completions of the test prompts are judged by, such as {part: chrf, column: reference}",
+    )
+    completion: str = Field(
+        "{{ reference }}", description="Jinja2 template of the columns: the completion that sft learns"
+    )
+    quick: dict[str, Any] = Field({}, description="keys that --quick changes, for a run in half a minute")
+
     # plan, sample and certify
     samples: Annotated[int, Field(ge=2)] = Field(64, description="draws a prompt, for plan and certify")
     exact_budget: Annotated[int, Field(ge=0)] = Field(

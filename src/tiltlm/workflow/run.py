@@ -49,6 +49,7 @@ from tiltlm.workflow.policies import read_policy
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import resampled, side_by_side, signs_of_hacking
+from tiltlm.workflow.starts import model_of
 from tiltlm.workflow.templates import templated
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -64,7 +65,8 @@ class Run:
 
     @cached_property
     def lm(self) -> LanguageModel:
-        return load(self.recipe.model, dtype=self.recipe.dtype, device=self.recipe.device)
+        model = model_of(self.recipe.model, self.progress)
+        return load(model, dtype=self.recipe.dtype, device=self.recipe.device)
 
     @cached_property
     def prior(self) -> ModelPrior:
@@ -81,10 +83,11 @@ class Run:
 
     @cached_property
     def prompts(self) -> Prompts:
-        return self.prior.encode(self._rows) if self.recipe.prompts is not None else self.given.draws.prompts
+        return self.prior.encode(self.rows) if self.recipe.prompts is not None else self.given.draws.prompts
 
     @cached_property
-    def _rows(self) -> Sequence[Any]:
+    def rows(self) -> Sequence[Any]:
+        """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
         return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.image), r.template, r.column)
 
@@ -120,7 +123,7 @@ class Run:
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self._rows, self._given_rows, self._reward, self.gold, self._moments, self.engine, self._teacher
+        _ = self.rows, self._given_rows, self._reward, self.gold, self._moments, self.engine, self._teacher
 
     @cached_property
     def engine(self) -> Any:
@@ -321,7 +324,7 @@ class Run:
         self.check()
         r = self.recipe
         require_writable_folder(r.folder)
-        sampler = self._sampler(policy)
+        sampler = self.sampler(policy)
         beta = self._trained_beta(policy)
         target = self.target(beta)
         prior_draws = self._prior_draws(beta)
@@ -355,7 +358,8 @@ class Run:
             return None
         return Path(policy) if policy is not None else self.recipe.folder / "policy"
 
-    def _sampler(self, policy: str | None) -> Any:
+    def sampler(self, policy: str | None) -> Any:
+        """The run's policy, that of another folder, or the prior ("prior")."""
         folder = self._policy_folder(policy)
         return self.prior if folder is None else read_policy(folder, self.prior, self.recipe.dtype, self.recipe.device)
 
@@ -391,7 +395,7 @@ class Run:
         decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
         if twist is not None:
             decoder = self._twisted(decoder, twist)
-        sampler = None if proposal is None else self._sampler(proposal)
+        sampler = None if proposal is None else self.sampler(proposal)
         target = self.target(self.chosen_beta())
         count_drawn = len(self.prompts) * draws
         if sampler is None:

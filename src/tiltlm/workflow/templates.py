@@ -11,11 +11,12 @@ from jinja2.sandbox import SandboxedEnvironment
 from tiltlm.errors import InputError
 
 
-def templated(rows: Sequence[Any], template: str | None, column: str) -> Sequence[Any]:
+def templated(rows: Sequence[Any], template: str | None, column: str, key: str = "template") -> Sequence[Any]:
     """Rows whose `column` is what a Jinja2 template makes of their columns; plain strings are the template's `column`.
 
     Args:
         template: None leaves the rows as they are.
+        key: the recipe's, for messages.
 
     Raises:
         InputError: for a template that is none, or one that names a column that is not there.
@@ -27,21 +28,19 @@ def templated(rows: Sequence[Any], template: str | None, column: str) -> Sequenc
         compiled = environment.from_string(template)
         wanted = meta.find_undeclared_variables(environment.parse(template))
     except TemplateError as error:
-        raise InputError(f"template is no Jinja2 template ({error}); mend it") from error
+        raise InputError(f"{key} is no Jinja2 template ({error}); mend it") from error
     if not wanted:
         raise InputError(
-            f"template is {template!r:.60} and names no column; write for example 'Q: {{{{ {column} }}}}\\nA:'"
+            f"{key} is {template!r:.60} and names no column; write for example 'Q: {{{{ {column} }}}}\\nA:'"
         )
     written = []
     for number, row in enumerate(rows, 1):
         values = dict(row) if isinstance(row, Mapping) else {column: row}
         missing = next(iter(sorted(wanted - values.keys())), None)
         if missing is not None:
-            raise InputError(
-                f"template names the column {missing!r}, but row {number} has {', '.join(values)}; mend it"
-            )
+            raise InputError(f"{key} names the column {missing!r}, but row {number} has {', '.join(values)}; mend it")
         try:
             written.append({**values, column: compiled.render(values)})
         except TemplateError as error:
-            raise InputError(f"template does not fit row {number} ({error}); mend it") from error
+            raise InputError(f"{key} does not fit row {number} ({error}); mend it") from error
     return written

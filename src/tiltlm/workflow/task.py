@@ -1,0 +1,280 @@
+"""`tiltlm task`: an application from its data to a table. Several ways to the posterior, several seeds, one untouched test set.
+
+Each (method, seed) leaves a file with its completions of the test prompts, so that a run that was cut off goes on where it was,
+and metrics can be taken anew without drawing anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from tiltlm.diagnostics.certificate import certify
+from tiltlm.errors import InputError
+from tiltlm.inference.catalogue import decoding_engines, make_trainer
+from tiltlm.inference.decoding.budget import within
+from tiltlm.inference.fit import fit
+from tiltlm.inference.monitor import Monitor
+from tiltlm.inference.source import Decoded, Given, Source
+from tiltlm.lm.given import demonstrations
+from tiltlm.protocols import Sampler
+from tiltlm.records import Prompts, Weighted
+from tiltlm.weights import resample
+from tiltlm.workflow.files import write_json
+from tiltlm.workflow.inputs import read_prompts
+from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.run import Progress, Run
+from tiltlm.workflow.templates import templated
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method says to the test prompts, with one seed.
+
+    Attributes:
+        texts: completions; `prompt_index` has the prompt of each. An engine that found nothing for a prompt has none there.
+        reward: the mean of the target's reward over them.
+        kl_prior: KL(q || pi0) in nats a prompt, with its standard error; None where the method has no density.
+        kl_posterior: the certificate's interval (value, low, high) of KL(q || p*); None likewise.
+        seconds: of training and of drawing.
+    """
+
+    method: str
+    seed: int
+    texts: tuple[str, ...]
+    prompt_index: tuple[int, ...]
+    reward: float
+    kl_prior: tuple[float, float] | None = None
+    kl_posterior: tuple[float, float, float] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRun:
+    """A recipe with a test set, in action.
+
+    Attributes:
+        recipe: with `test`; its seed is the first.
+        draws: completions of each test prompt that a method is judged by.
+        console: where the bars of the training go.
+    """
+
+    recipe: Recipe
+    draws: int = 8
+    progress: Progress | None = None
+    console: Any = None
+    _runs: dict[int, Run] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def beta(self) -> float:
+        """One temperature for all seeds: the recipe's, or the one that the first seed's plan chooses."""
+        return self._first.chosen_beta()
+
+    @cached_property
+    def _first(self) -> Run:
+        return Run(self.recipe, self.progress)
+
+    @cached_property
+    def test_rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows of the test set; where the recipe has a template, with the prompt that it makes."""
+        r = self.recipe
+        if r.test is None:
+            raise InputError(
+                "test is missing; write the held-out prompts with their references into the recipe, 'test: FILE'"
+            )
+        return [dict(row) for row in templated(read_prompts(r.test, r.column, r.image), r.template, r.column)]
+
+    def run(self, seed: int) -> Run:
+        """The recipe with another seed, at the one temperature, in a folder of its own."""
+        if seed not in self._runs:
+            changes = {"seed": seed, "beta": self.beta, "kl_budget": None, "reward_goal": None}
+            recipe = self.recipe.model_copy(update={**changes, "out": str(self.folder / f"seed-{seed}")})
+            self._runs[seed] = Run(recipe, self.progress)
+        return self._runs[seed]
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    def outcome(self, method: str, seed: int) -> Outcome:
+        """One method with one seed; from its file if that is of these settings.
+
+        Raises:
+            InputError: for a method that is not there.
+        """
+        if method not in METHODS:
+            raise InputError(f"method is {method!r}; choose {', '.join(METHODS)}")
+        file = self.folder / "task" / f"{method.replace('/', '-then-')}-{seed}.json"
+        key = self._key(method, seed)
+        if (kept := _kept(file, key)) is not None:
+            return kept
+        found = METHODS[method](_Bench(self, self.run(seed), method, seed))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"key": key, **asdict(found)})
+        return found
+
+    def _key(self, method: str, seed: int) -> str:
+        settings = self.recipe.model_dump() | {"out": None, "seed": seed, "beta": self.beta}
+        parts = [method, self.draws, settings, [str(row) for row in self.test_rows]]
+        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _kept(file: Path, key: str) -> Outcome | None:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    if values.pop("key", None) != key:
+        return None
+    return Outcome(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """A method at work: a run, and the test prompts."""
+
+    task: TaskRun
+    of: Run
+    method: str
+    seed: int
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return self.of.prior.encode(self.task.test_rows)
+
+    @cached_property
+    def target(self) -> Any:
+        return self.of.target(self.task.beta)
+
+    def judged(self, sampler: Sampler, seconds: float) -> Outcome:
+        """A law's draws, with its certificate on the test prompts."""
+        began = time.perf_counter()
+        certificate = certify(
+            self._reporting(sampler),
+            self.target,
+            self.prompts,
+            samples=self.task.draws,
+            exact_budget=self.of.recipe.exact_budget,
+            seed=self.seed + 1,
+        )
+        draws, bound = certificate.scored.draws, certificate.kl_posterior
+        return Outcome(
+            self.method,
+            self.seed,
+            draws.texts,
+            tuple(draws.prompt_index.tolist()),
+            certificate.reward.value,
+            (certificate.kl_prior.value, certificate.kl_prior.stderr),
+            (bound.value, bound.low, bound.high),
+            seconds + time.perf_counter() - began,
+        )
+
+    def decoded(self, engine: str, proposal: Sampler | None = None, seconds: float = 0.0) -> Outcome:
+        """What a decoding engine returns: completions resampled from its weights."""
+        began = time.perf_counter()
+        decoder = within(decoding_engines()[engine], max(self.of.recipe.group, self.task.draws))
+        rng = Generator().manual_seed(self.seed)
+        weighted: Weighted = decoder.sample(self.target, self.prompts, proposal=proposal, rng=rng)
+        draws = weighted.scored.draws
+        again = Generator().manual_seed(self.seed + 1)
+        picks = resample(weighted.log_w, draws.prompt_index, len(self.prompts), self.task.draws, again).flatten()
+        rows = picks[picks >= 0]
+        reward = float(self.target.beta * weighted.scored.log_evidence[rows].double().mean())
+        texts = tuple(draws.texts[row] for row in rows.tolist())
+        index = tuple(draws.prompt_index[rows].tolist())
+        return Outcome(self.method, self.seed, texts, index, reward, seconds=seconds + time.perf_counter() - began)
+
+    def trained(self, engine: str, source: Source) -> tuple[Any, float]:
+        """A policy trained by another engine than the recipe's, with the recipe's other settings, and how long it took."""
+        r, began = self.of.recipe, time.perf_counter()
+        policy = fit(
+            self.target,
+            source.scored.draws.prompts if isinstance(source, Given) else self.of.prompts,
+            make_trainer(engine, r.group, r.max_new_tokens, {}),
+            source=source,
+            lora=self.of.lora(),
+            settings=self.of.training_settings(),
+            monitor=Monitor(console=self.task.console, what=f"{self.method}, seed {self.seed}"),
+        )
+        return policy, time.perf_counter() - began
+
+    def demonstrations(self) -> Given:
+        """The references of the training prompts."""
+        rows = templated(self.of.rows, self.of.recipe.completion, "completion", "completion")
+        return Given(demonstrations(self.of.prior, rows))
+
+    def policy(self) -> tuple[Any, float]:
+        """The policy of the recipe's own engine, trained unless its folder has it."""
+        folder, began = self.of.recipe.folder, time.perf_counter()
+        times = folder / "seconds.json"
+        if not (folder / "policy" / "tiltlm.json").is_file() or not times.is_file():
+            resume = (folder / "checkpoints").is_dir()
+            self.of.train(
+                resume=resume, monitor=Monitor(console=self.task.console, out=folder, what=f"policy, seed {self.seed}")
+            )
+            write_json(times, {"training": time.perf_counter() - began})
+        return self.of.sampler(None), float(json.loads(times.read_text())["training"])
+
+    def _reporting(self, sampler: Any) -> Any:
+        if self.task.progress is None:
+            return sampler
+        bar = self.task.progress(f"{self.method}, seed {self.seed}", len(self.prompts) * self.task.draws)
+        return replace(sampler, progress=bar)
+
+
+def _prior(bench: _Bench) -> Outcome:
+    return bench.judged(bench.of.prior, 0.0)
+
+
+def _sft(bench: _Bench) -> Outcome:
+    policy, seconds = bench.trained("sft", bench.demonstrations())
+    found = bench.judged(policy, seconds)
+    policy.discard()
+    return found
+
+
+def _best_of_n(bench: _Bench) -> Outcome:
+    return bench.decoded("best-of-n")
+
+
+def _smc(bench: _Bench) -> Outcome:
+    return bench.decoded("smc")
+
+
+def _policy(bench: _Bench) -> Outcome:
+    return bench.judged(*bench.policy())
+
+
+def _dpo(bench: _Bench) -> Outcome:
+    teacher = within(decoding_engines()["importance"], bench.of.recipe.samples)
+    policy, seconds = bench.trained("dpo", Decoded(teacher))
+    found = bench.judged(policy, seconds)
+    policy.discard()
+    return found
+
+
+def _corrected(bench: _Bench) -> Outcome:
+    policy, seconds = bench.policy()
+    return bench.decoded("smc", policy, seconds)
+
+
+METHODS: Mapping[str, Callable[[_Bench], Outcome]] = {
+    "prior": _prior,
+    "sft": _sft,
+    "best-of-n": _best_of_n,
+    "smc": _smc,
+    "policy": _policy,
+    "dpo": _dpo,
+    "policy/smc": _corrected,
+}
+"""The prior as it is; fine-tuning on the references; the best of n and SMC of the prior; the recipe's engine at the planned
+beta; DPO on pairs of posterior samples; and the policy corrected by SMC."""
