@@ -262,6 +262,7 @@ def test_pieces_of_known_tokenizers():
     assert (False, "s") in found
     assert (True, "<mask>") not in found
     tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["##", "###"])  # headings, as SmolLM2 has them: no word pieces
     assert pieces(tokenizer)[tokenizer.get_vocab()["Ġfilm"]] == (True, "film")
 
 
@@ -346,4 +347,4 @@ def test_smollm2_edited_by_a_bert(cli, tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     assert 0 < found["diagnostics"]["acceptance"][0] < 1
     prior = tl.load("smollm2-135m-instruct").prior(max_new_tokens=8)
-    assert infiller("all-minilm-l6-v2", prior).coverage > 0.3
+    assert infiller("all-minilm-l6-v2", prior).coverage > 0.5

@@ -164,7 +164,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase) -> dict[int, Piece]:
     """
     vocabulary = tokenizer.get_vocab()
     special = set(tokenizer.all_special_ids)
-    mark = next((m for m in ("##", "Ġ", "▁") if sum(token.startswith(m) for token in vocabulary) > 1), "")
+    # byte pairs have ## too, for headings; what marks words is what is there most often
+    counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in ("##", "Ġ", "▁")}
+    mark = max(counts, key=lambda m: counts[m]) if any(counts.values()) else ""
     found = {}
     for token, i in vocabulary.items():
         marked = bool(mark) and token.startswith(mark)
