@@ -34,7 +34,9 @@ class Power(Algebra):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:
-            raise InputError(f"alpha is {self.alpha}; it is the exponent of the prior and must be 0 or a positive number")
+            raise InputError(
+                f"alpha is {self.alpha}; it is the exponent of the prior and must be 0 or a positive number"
+            )
         if not 0 < self.beta < math.inf:
             raise InputError(f"beta is {self.beta!r}; it is a temperature and must be a positive number")
 

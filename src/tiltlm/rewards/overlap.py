@@ -45,7 +45,9 @@ class _SacreBLEU(AgainstReference):
         """Each text's counts of n-grams, and the corpus's score from their sums: what a bootstrap adds up in another way each time."""
         metric = self._corpus_metric
         # sacrebleu's own bootstrap goes the same way, and has no public one that compares two systems on the same resamples
-        counts = torch.tensor(metric._extract_corpus_statistics(list(texts), self._streams(columns)), dtype=torch.float64)
+        counts = torch.tensor(
+            metric._extract_corpus_statistics(list(texts), self._streams(columns)), dtype=torch.float64
+        )
         return counts, lambda sums: {self.label: _share(metric._compute_score_from_stats(sums.long().tolist()).score)}
 
     def _streams(self, columns: dict[str, Sequence[Any]]) -> list[list[str | None]]:

@@ -17,12 +17,16 @@ from tiltlm.evidence.composition import Bounds
 from tiltlm.evidence.parts import Part
 
 ASPECTS = ("objects", "counts", "colours", "relations")
-COLOURS = tuple("red orange yellow green blue purple violet pink brown black white grey gray gold silver".split())
+COLOURS = (
+    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray",
+    "gold", "silver",
+)  # fmt: skip
 RELATIONS = (
     "to the left of", "to the right of", "left of", "right of", "in front of", "next to",
     "above", "below", "under", "over", "beside", "behind", "inside", "on",
 )  # fmt: skip
-NUMBERS = {word: n for n, word in enumerate("no one two three four five six seven eight nine ten".split())}
+COUNTED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: number for number, word in enumerate(COUNTED)}
 ARTICLES = ("a", "an", "the")
 
 Fact = tuple[Any, ...]
@@ -53,8 +57,13 @@ class Scene:
         """
         try:
             plain = json.loads(value) if isinstance(value, str) else value
-            things = [Thing(singular(str(o["name"])), int(o.get("count") or 1), str(o.get("colour") or "").lower()) for o in plain["objects"]]
-            relations = [(singular(str(a)), str(how).lower(), singular(str(b))) for a, how, b in plain.get("relations") or []]
+            things = [
+                Thing(singular(str(o["name"])), int(o.get("count") or 1), str(o.get("colour") or "").lower())
+                for o in plain["objects"]
+            ]
+            relations = [
+                (singular(str(a)), str(how).lower(), singular(str(b))) for a, how, b in plain.get("relations") or []
+            ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f'{where} holds {value!r:.60}, which is no scene; write {{"objects": [{{"name": …, "count": …, "colour": …}}], '
