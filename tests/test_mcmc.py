@@ -11,6 +11,7 @@ from scipy.stats import chi2
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from tiltlm.evidence.power import Power
+from tiltlm.inference.decoding.kernels import SuffixResampling
 from tiltlm.inference.decoding.mcmc import MCMC
 from tiltlm.inference.decoding.mixing import chain_ess, split_r_hat
 from tiltlm.posterior import exact as ex
@@ -58,22 +59,22 @@ def test_the_kernel_is_one_and_reversible(world, exact):
         assert magnitudes[-2] < 1 - 1e-3
 
 
-class WithoutLengths(MCMC):
+class WithoutLengths(SuffixResampling):
     """Forgets that a longer completion can be cut at more places."""
 
-    def log_acceptance(self, current, proposed):
-        return proposed.log_weight - current.log_weight
+    def log_ratio(self, current, proposed):
+        return current.log_prob - proposed.log_prob
 
 
 class WithoutTheProposal(MCMC):
     """Accepts by the evidence and the lengths, whoever drew."""
 
-    def log_acceptance(self, current, proposed):
+    def log_acceptance(self, current, proposed, log_ratio):
         lengths = current.draws.lengths.double().log() - proposed.draws.lengths.double().log()
         return proposed.log_evidence - current.log_evidence + lengths
 
 
-class NeverFromTheStart(MCMC):
+class NeverFromTheStart(SuffixResampling):
     """Always keeps the first token, so that it cannot reach every completion."""
 
     def cut(self, lengths, uniform):
@@ -81,20 +82,25 @@ class NeverFromTheStart(MCMC):
 
 
 class AcceptsEverything(MCMC):
-    def log_acceptance(self, current, proposed):
+    def log_acceptance(self, current, proposed, log_ratio):
         return torch.zeros(len(current), dtype=torch.float64)
 
 
 def test_without_the_lengths_the_stationary_law_is_another(world, exact):
     """Its distance from p* is the one that mathematics, B6, gives."""
-    law = stationary_law(kernel_matrix(WithoutLengths(), exact, exact.scored.log_prior.double()))
+    law = stationary_law(kernel_matrix(MCMC(kernel=WithoutLengths()), exact, exact.scored.log_prior.double()))
     assert float((law - exact.log_posterior.exp()).abs().sum() / 2) == pytest.approx(0.14455, abs=5e-6)
 
 
 @pytest.mark.parametrize(
     "engine",
-    [WithoutLengths(), WithoutTheProposal(), NeverFromTheStart(), AcceptsEverything()],
-    ids=lambda e: type(e).__name__,
+    [
+        MCMC(kernel=WithoutLengths()),
+        WithoutTheProposal(),
+        MCMC(kernel=NeverFromTheStart()),
+        AcceptsEverything(),
+    ],
+    ids=["without lengths", "without the proposal", "never from the start", "accepts everything"],
 )
 def test_false_kernels_are_refuted(engine):
     assert not all(check.passed for check in kernel_checks(engine))
@@ -262,9 +268,11 @@ def test_chains_report_how_they_went(world, exact, rng):
 
 def acceptance_at_p_star(exact):
     moves = kernel_matrix(AcceptsEverything(), exact, exact.scored.log_prior.double())
-    engine = MCMC()
     rows, columns = (i.flatten() for i in torch.meshgrid(torch.arange(31), torch.arange(31), indexing="ij"))
-    accept = engine.log_acceptance(exact.scored.select(rows), exact.scored.select(columns)).clamp(max=0).exp()
+    here, there = exact.scored.select(rows), exact.scored.select(columns)
+    accept = (
+        MCMC().log_acceptance(here, there, SuffixResampling().log_ratio(here.draws, there.draws)).clamp(max=0).exp()
+    )
     return float((exact.log_posterior.exp()[:, None] * moves * accept.view(31, 31)).sum())
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tiltlm.inference.compare import Comparison, Contender, compare
     from tiltlm.inference.decoding.best_of_n import BestOfN
     from tiltlm.inference.decoding.importance import Importance
+    from tiltlm.inference.decoding.kernels import MaskedEdits, Mixture, SuffixResampling, masked_edits
     from tiltlm.inference.decoding.mcmc import MCMC
     from tiltlm.inference.decoding.quasi_rejection import QuasiRejection
     from tiltlm.inference.decoding.rejection import Rejection
@@ -129,7 +130,9 @@ _HOME = {
     "LogPool": "evidence.uncertain",
     "LowerConfidenceBound": "evidence.uncertain",
     "MCMC": "inference.decoding.mcmc",
+    "MaskedEdits": "inference.decoding.kernels",
     "Members": "evidence.members",
+    "Mixture": "inference.decoding.kernels",
     "MixtureOfPosteriors": "evidence.uncertain",
     "Moment": "evidence.moments",
     "OnPolicy": "inference.source",
@@ -161,6 +164,7 @@ _HOME = {
     "SoftSARSA": "inference.training.values.soft_sarsa",
     "SoftValueRegression": "inference.training.values.soft_value_regression",
     "SubTrajectoryBalance": "inference.training.paths.sub_trajectory_balance",
+    "SuffixResampling": "inference.decoding.kernels",
     "Target": "target",
     "TiltWarning": "errors",
     "TopLayers": "lm.layers",
@@ -188,6 +192,7 @@ _HOME = {
     "load_masked_lm": "lm.masked",
     "load_trunk": "lm.trunk",
     "log_z_bounds": "diagnostics.evidence_bounds",
+    "masked_edits": "inference.decoding.kernels",
     "match_moments": "evidence.moments",
     "plan": "diagnostics.frontier",
     "preferences": "lm.given",
@@ -242,7 +247,9 @@ __all__ = [
     "LoRA",
     "LogPool",
     "LowerConfidenceBound",
+    "MaskedEdits",
     "Members",
+    "Mixture",
     "MixtureOfPosteriors",
     "Moment",
     "OnPolicy",
@@ -268,6 +275,7 @@ __all__ = [
     "SoftSARSA",
     "SoftValueRegression",
     "SubTrajectoryBalance",
+    "SuffixResampling",
     "Target",
     "TiltWarning",
     "TopLayers",
@@ -295,6 +303,7 @@ __all__ = [
     "load_masked_lm",
     "load_trunk",
     "log_z_bounds",
+    "masked_edits",
     "match_moments",
     "plan",
     "preferences",

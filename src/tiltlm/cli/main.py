@@ -123,6 +123,12 @@ def sample(
     twist: Annotated[
         str | None, typer.Option(help="for smc: a critic's folder, or 'prefix'", show_default=False)
     ] = None,
+    masked_lm: Annotated[
+        str | None,
+        typer.Option(
+            "--masked-lm", help="for mcmc: a masked language model that edits in the middle", show_default=False
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="a setting of the engine, as name=value", show_default=False)
     ] = None,
@@ -134,7 +140,8 @@ def sample(
     _require_writable(json_file)
     settings = pairs("option", option or [])
     with _draw_bars() as bars:
-        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, twist=twist, options=settings)
+        ways = {"twist": twist, "masked_lm": masked_lm, "options": settings}
+        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, **ways)
     for row in rows:
         prompt = shown(row["prompt"])
         console.print(prompt, style="bold", highlight=False, markup=False, soft_wrap=True)

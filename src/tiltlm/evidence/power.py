@@ -18,14 +18,14 @@ class Power(Algebra):
     """The reward (alpha - 1) log pi0(x|c), in nats: `prior * Power(prior, alpha)` is pi0(x|c)^alpha / Z(c).
 
     Power sampling (Karan & Du 2025): alpha > 1 sharpens whole completions, alpha < 1 flattens them. It is not sampling tokens
-    at temperature 1 / alpha, which normalises at every token and so takes no account of what follows. At another temperature
-    the exponent is 1 + (alpha - 1) / beta.
+    at temperature 1 / alpha, which normalises at every token and so takes no account of what follows. alpha = 0 leaves of the prior
+    only what is possible, and other evidence says the rest. At another temperature the exponent is 1 + (alpha - 1) / beta.
 
     The prior's own draws carry log pi0 and are not scored again; other draws cost one more pass of the prior.
 
     Attributes:
         prior: the law whose log-probability is the evidence, usually the target's prior.
-        alpha: the exponent, positive.
+        alpha: the exponent, not negative.
     """
 
     prior: Sampler
@@ -33,8 +33,10 @@ class Power(Algebra):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise InputError(f"alpha is {self.alpha}; it is the exponent of the prior and must be a positive number")
+        if not 0 <= self.alpha < math.inf:
+            raise InputError(
+                f"alpha is {self.alpha}; it is the exponent of the prior and must be 0 or a positive number"
+            )
         if not 0 < self.beta < math.inf:
             raise InputError(f"beta is {self.beta!r}; it is a temperature and must be a positive number")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiltlm.evidence.composition import Clipped, Formula, Linear, Offset, Product
     from tiltlm.evidence.parts import Column, Function, Part
-    from tiltlm.rewards.answers import ExactMatch, LabelMatch, NumericEquality, TokenF1
+    from tiltlm.rewards.answers import ExactMatch, LabelMatch, NumericEquality, TokenF1, TokenPrecision, TokenRecall
     from tiltlm.rewards.catalogue import described, make_part, part_kinds
     from tiltlm.rewards.classifiers import Classifier
     from tiltlm.rewards.evaluation import evaluate
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiltlm.rewards.likelihoods import AnswerLikelihood, Fluency, PseudoLogLikelihood
     from tiltlm.rewards.overlap import BLEU, CHRF, RougeL
     from tiltlm.rewards.programs import RunsCode
+    from tiltlm.rewards.scenes import SceneF1
     from tiltlm.rewards.similarity import TopicSimilarity
     from tiltlm.rewards.texts import JSONSchema, Length, Pattern, Repetition
 
@@ -51,8 +52,11 @@ _HOME = {
     "Repetition": "rewards.texts",
     "RougeL": "rewards.overlap",
     "RunsCode": "rewards.programs",
+    "SceneF1": "rewards.scenes",
     "Sentiment": "rewards.lexicons",
     "TokenF1": "rewards.answers",
+    "TokenPrecision": "rewards.answers",
+    "TokenRecall": "rewards.answers",
     "TopicSimilarity": "rewards.similarity",
     "described": "rewards.catalogue",
     "evaluate": "rewards.evaluation",
@@ -87,8 +91,11 @@ __all__ = [
     "Repetition",
     "RougeL",
     "RunsCode",
+    "SceneF1",
     "Sentiment",
     "TokenF1",
+    "TokenPrecision",
+    "TokenRecall",
     "TopicSimilarity",
     "described",
     "evaluate",

@@ -24,13 +24,19 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
-def token_f1(text: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, SQuAD's F1; 1 if both are empty, 0 if one is."""
+def token_overlap(text: str, reference: str) -> tuple[float, float, float]:
+    """Precision, recall and F1 over words, as SQuAD counts them; all 1 if both are empty, all 0 if one is."""
     words, wanted = normalised(text).split(), normalised(reference).split()
     if not words or not wanted:
-        return float(words == wanted)
+        same = float(words == wanted)
+        return same, same, same
     shared = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * shared / (len(words) + len(wanted))
+    return shared / len(words), shared / len(wanted), 2 * shared / (len(words) + len(wanted))
+
+
+def token_f1(text: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words, SQuAD's F1; 1 if both are empty, 0 if one is."""
+    return token_overlap(text, reference)[2]
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,26 @@ class TokenF1(AgainstReference):
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         return self.best(texts, columns, token_f1)
+
+
+@dataclass(frozen=True)
+class TokenPrecision(AgainstReference):
+    """The share of the completion's words that the reference has, in [0, 1]. Saying less never hurts it: no reward on its own."""
+
+    extent: ClassVar[Bounds] = (0.0, 1.0)
+
+    def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        return self.best(texts, columns, lambda text, reference: token_overlap(text, reference)[0])
+
+
+@dataclass(frozen=True)
+class TokenRecall(AgainstReference):
+    """The share of the reference's words that the completion has, in [0, 1]. Saying more never hurts it: no reward on its own."""
+
+    extent: ClassVar[Bounds] = (0.0, 1.0)
+
+    def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        return self.best(texts, columns, lambda text, reference: token_overlap(text, reference)[1])
 
 
 @dataclass(frozen=True)

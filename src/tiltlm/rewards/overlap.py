@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.evidence.composition import Bounds
@@ -33,10 +37,24 @@ class _SacreBLEU(AgainstReference):
 
     def corpus(self, texts: Sequence[str], **columns: Sequence[Any]) -> dict[str, float]:
         """The corpus's score, which is not the mean of its sentences'."""
+        return {self.label: _share(self._corpus_metric.corpus_score(list(texts), self._streams(columns)).score)}
+
+    def summable(
+        self, texts: Sequence[str], **columns: Sequence[Any]
+    ) -> tuple[Float[Tensor, "B S"], Callable[[Float[Tensor, " S"]], dict[str, float]]]:
+        """Each text's counts of n-grams, and the corpus's score from their sums: what a bootstrap adds up in another way each time."""
+        metric = self._corpus_metric
+        # sacrebleu's own bootstrap goes the same way, and has no public one that compares two systems on the same resamples
+        counts = torch.tensor(
+            metric._extract_corpus_statistics(list(texts), self._streams(columns)), dtype=torch.float64
+        )
+        return counts, lambda sums: {self.label: _share(metric._compute_score_from_stats(sums.long().tolist()).score)}
+
+    def _streams(self, columns: dict[str, Sequence[Any]]) -> list[list[str | None]]:
+        """The references as sacrebleu has them, all first ones, all second ones, …"""
         references = self.references(columns)
         most = max(map(len, references))
-        streams = [[some[k] if k < len(some) else None for some in references] for k in range(most)]
-        return {self.label: _share(self._corpus_metric.corpus_score(list(texts), streams).score)}
+        return [[some[k] if k < len(some) else None for some in references] for k in range(most)]
 
 
 @dataclass(frozen=True)

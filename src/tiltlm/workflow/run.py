@@ -29,6 +29,7 @@ from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
+from tiltlm.inference.decoding.kernels import masked_edits
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
 from tiltlm.inference.lagging import Lagging
@@ -380,12 +381,14 @@ class Run:
         proposal: str | None,
         *,
         twist: str | None = None,
+        masked_lm: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Weighted, list[dict[str, Any]]]:
         """Posterior samples without training: `count` completions a prompt, resampled from the engine's weights.
 
         Args:
             twist: for SMC, a critic's folder, or "prefix" where the reward makes sense of unfinished completions.
+            masked_lm: for MCMC, a masked language model that edits completions in the middle.
             options: the engine's own settings.
 
         Raises:
@@ -395,6 +398,8 @@ class Run:
         decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
         if twist is not None:
             decoder = self._twisted(decoder, twist)
+        if masked_lm is not None:
+            decoder = self._with_edits(decoder, masked_lm)
         sampler = None if proposal is None else self.sampler(proposal)
         target = self.target(self.chosen_beta())
         count_drawn = len(self.prompts) * draws
@@ -412,6 +417,13 @@ class Run:
         if twist == "prefix":
             self._warn_of_prefixes()
         return replace(decoder, twist=prefix_evidence if twist == "prefix" else self.prior.critic(start=twist))
+
+    def _with_edits(self, decoder: Any, masked_lm: str) -> Any:
+        if not _has(decoder, "kernel"):
+            raise InputError(
+                f"masked_lm is {masked_lm!r}, but {type(decoder).__name__} edits nothing; use --engine mcmc"
+            )
+        return replace(decoder, kernel=masked_edits(masked_lm, self.prior))
 
     def _warn_of_prefixes(self) -> None:
         blind = [part.label for part in named_parts(self._reward_function) if not part.on_prefixes]

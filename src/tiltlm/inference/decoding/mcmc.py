@@ -1,15 +1,16 @@
-"""Markov chain Monte Carlo on completions: redraw the end, accept or stay."""
+"""Markov chain Monte Carlo on completions: propose, accept or stay."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError, TiltWarning
+from tiltlm.inference.decoding.kernels import Kernel, SuffixResampling
 from tiltlm.inference.decoding.mixing import chain_ess, split_r_hat
 from tiltlm.inference.decoding.proposal import prefix_proposal
 from tiltlm.protocols import Claim, Sampler
@@ -23,13 +24,16 @@ MIXED = 1.1
 
 @dataclass(frozen=True)
 class MCMC:
-    """Metropolis-Hastings by suffix resampling (QuEST, Faria et al. 2024).
+    """Metropolis-Hastings by suffix resampling (QuEST, Faria et al. 2024), or by any other kernel.
 
-    Each step cuts the completion x at a place drawn uniformly from its |x| tokens, draws the rest anew from the proposal q, and
-    accepts the result x' with probability min(1, [|x| / |x'|] exp(log w(x') - log w(x))), w = pi0 exp(r / beta) / q. From the
-    prior this is exp((r' - r) / beta) |x| / |x'|: the lengths are there because x' could have been cut at |x'| places. The
-    stationary law is p* for any q that can draw all of its completions; how near the chains are after so many steps is
-    what `r_hat` tells.
+    Each step a kernel g proposes x' for the completion x, which is accepted with probability
+    min(1, [g(x | x') / g(x' | x)] [pi0(x') exp(r' / beta)] / [pi0(x) exp(r / beta)]) (Hastings 1970).
+
+    By default x is cut at a place drawn uniformly from its |x| tokens and the rest is drawn anew from the proposal q. From the
+    prior the probability is then exp((r' - r) / beta) |x| / |x'|: the lengths are there because x' could have been cut at |x'|
+    places. The stationary law is p* for any q that can draw all of its completions; how near the chains are after so many steps is
+    what `r_hat` tells. With `kernel=masked_edits(model, prior)` half of the steps change a word in the middle instead, as a masked
+    language model fills it in.
 
     With `Power` evidence this is power sampling (Karan & Du 2025), with the lengths.
 
@@ -40,17 +44,21 @@ class MCMC:
         chains: independent chains for each prompt, each started from a draw of the proposal.
         steps: states kept of each chain.
         warmup: steps before those.
+        kernel: what a step proposes.
     """
 
     chains: int = 4
     steps: int = 64
     warmup: int = 32
+    kernel: Kernel = field(default_factory=SuffixResampling)
     claim = Claim(fixed_point="p*", objective="law", bias="unknown", source="Faria et al. 2024; Hastings 1970")
 
     def __post_init__(self) -> None:
         for name, least in (("chains", 1), ("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not hasattr(self.kernel, "propose"):
+            raise InputError(f"kernel is {self.kernel!r:.60}; take SuffixResampling() or masked_edits(model, prior)")
 
     @property
     def cost(self) -> int:
@@ -71,13 +79,16 @@ class MCMC:
         """
         sampler = prefix_proposal(target, proposal, "MCMC", "redraw")
         state = judged(target, sampler.draw(prompts, self.chains, rng))
+        done = getattr(sampler, "progress", None)
         states: list[Scored] = []
         accepted = torch.zeros(len(state), dtype=torch.float64)
         for step in range(self.warmup + self.steps):
-            keep = self.cut(state.draws.lengths, torch.rand(len(state), generator=rng, dtype=torch.float64))
-            proposed = judged(target, sampler.redraw(state.draws, keep, rng))
+            move = self.kernel.propose(sampler, state.draws, rng)
+            proposed = judged(target, move.draws)
+            if done is not None:
+                done(len(state))
             uniform = torch.rand(len(state), generator=rng, dtype=torch.float64)
-            accept = uniform.log() < self.log_acceptance(state, proposed)
+            accept = uniform.log() < self.log_acceptance(state, proposed, move.log_ratio)
             rows = torch.arange(len(state)) + len(state) * accept.long()
             state = Scored.concatenate([state, proposed]).select(rows)
             if step >= self.warmup:
@@ -85,19 +96,14 @@ class MCMC:
                 accepted += accept.double()
         return self._weighted(states, prompts, accepted / self.steps)
 
-    def cut(self, lengths: Int[Tensor, " B"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """How many tokens stay: 0 to |x| - 1, each as likely."""
-        return torch.minimum((uniform * lengths).floor().long(), lengths - 1)
+    def log_acceptance(self, current: Scored, proposed: Scored, log_ratio: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """log of the acceptance probability, before it is cut off at 0. A chain that is where the posterior has nothing goes anywhere.
 
-    def log_acceptance(self, current: Scored, proposed: Scored) -> Float[Tensor, " B"]:
-        """log of the acceptance probability, before it is cut off at 0.
-
-        Both share the prefix before the cut, whose factors cancel. A chain that is where the posterior has nothing goes
-        anywhere.
+        Args:
+            log_ratio: the kernel's log g(x|x') - log g(x'|x).
         """
-        lengths = current.draws.lengths.double().log() - proposed.draws.lengths.double().log()
-        here, there = current.log_weight.double(), proposed.log_weight.double()
-        return torch.where(here > -torch.inf, there - here + lengths, 0.0)
+        here, there = current.log_target.double(), proposed.log_target.double()
+        return torch.where(here > -torch.inf, there - here + log_ratio, 0.0)
 
     def _weighted(self, states: list[Scored], prompts: Prompts, accepted: Float[Tensor, " B"]) -> Weighted:
         shape = len(states), len(prompts), self.chains
