@@ -28,6 +28,10 @@ RELATIONS = (
 COUNTED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: number for number, word in enumerate(COUNTED)}
 ARTICLES = ("a", "an", "the")
+IRREGULAR = {
+    "leaves": "leaf", "wolves": "wolf", "knives": "knife", "loaves": "loaf", "mice": "mouse", "geese": "goose",
+    "feet": "foot", "teeth": "tooth", "children": "child", "men": "man", "women": "woman", "people": "person",
+}  # fmt: skip
 
 Fact = tuple[Any, ...]
 
@@ -136,6 +140,8 @@ def singular(name: str) -> str:
     if not words:
         return ""
     last = words[-1]
+    if last in IRREGULAR:
+        return " ".join([*words[:-1], IRREGULAR[last]])
     for ending, kept in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh")):
         if last.endswith(ending) and len(last) > len(ending) + 1:
             return " ".join([*words[:-1], last[: -len(ending)] + kept])

@@ -15,11 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Generator
 
 from tiltlm.diagnostics.certificate import certify
 from tiltlm.errors import InputError
+from tiltlm.evaluation import DistinctN, System, TaskTable, evaluate_systems
+from tiltlm.evaluation.systems import Completions
 from tiltlm.inference.catalogue import decoding_engines, make_trainer
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.fit import fit
@@ -28,9 +29,10 @@ from tiltlm.inference.source import Decoded, Given, Source
 from tiltlm.lm.given import demonstrations
 from tiltlm.protocols import Sampler
 from tiltlm.records import Prompts, Weighted
-from tiltlm.weights import resample
+from tiltlm.rewards import Length
+from tiltlm.weights import group_sum, normalise
 from tiltlm.workflow.files import write_json
-from tiltlm.workflow.inputs import read_prompts
+from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.run import Progress, Run
 from tiltlm.workflow.templates import templated
@@ -41,19 +43,18 @@ class Outcome:
     """What one method says to the test prompts, with one seed.
 
     Attributes:
-        texts: completions; `prompt_index` has the prompt of each. An engine that found nothing for a prompt has none there.
+        texts: completions of each test prompt.
         reward: the mean of the target's reward over them.
-        kl_prior: KL(q || pi0) in nats a prompt, with its standard error; None where the method has no density.
+        log_ratios: log q - log pi0 of each completion, in nats; None where the method has no density.
         kl_posterior: the certificate's interval (value, low, high) of KL(q || p*); None likewise.
         seconds: of training and of drawing.
     """
 
     method: str
     seed: int
-    texts: tuple[str, ...]
-    prompt_index: tuple[int, ...]
+    texts: Completions
     reward: float
-    kl_prior: tuple[float, float] | None = None
+    log_ratios: tuple[tuple[float, ...], ...] | None = None
     kl_posterior: tuple[float, float, float] | None = None
     seconds: float = 0.0
 
@@ -92,6 +93,21 @@ class TaskRun:
                 "test is missing; write the held-out prompts with their references into the recipe, 'test: FILE'"
             )
         return [dict(row) for row in templated(read_prompts(r.test, r.column, r.image), r.template, r.column)]
+
+    @cached_property
+    def test_prompts(self) -> Prompts:
+        """The test set as the model reads it."""
+        return self._first.prior.encode(self.test_rows)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def metrics(self) -> list[Any]:
+        """The recipe's metrics, and how different a prompt's completions are."""
+        parts = [reward_of([dict(part)], self._first.lm)[0] for part in self.recipe.metrics]
+        return [*parts, DistinctN(2), Length()]
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
@@ -135,7 +151,14 @@ def _kept(file: Path, key: str) -> Outcome | None:
         return None
     if values.pop("key", None) != key:
         return None
-    return Outcome(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    texts = tuple(map(tuple, values.pop("texts")))
+    ratios, bound = values.pop("log_ratios"), values.pop("kl_posterior")
+    return Outcome(
+        **values,
+        texts=texts,
+        log_ratios=None if ratios is None else tuple(map(tuple, ratios)),
+        kl_posterior=None if bound is None else tuple(bound),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,14 +189,14 @@ class _Bench:
             exact_budget=self.of.recipe.exact_budget,
             seed=self.seed + 1,
         )
-        draws, bound = certificate.scored.draws, certificate.kl_posterior
+        scored, bound = certificate.scored, certificate.kl_posterior
+        drawn = System.drawn(self.method, scored.draws, prior=self.of.prior)
         return Outcome(
             self.method,
             self.seed,
-            draws.texts,
-            tuple(draws.prompt_index.tolist()),
+            drawn.runs[0],
             certificate.reward.value,
-            (certificate.kl_prior.value, certificate.kl_prior.stderr),
+            drawn.log_ratios[0] if drawn.log_ratios else None,
             (bound.value, bound.low, bound.high),
             seconds + time.perf_counter() - began,
         )
@@ -184,14 +207,10 @@ class _Bench:
         decoder = within(decoding_engines()[engine], max(self.of.recipe.group, self.task.draws))
         rng = Generator().manual_seed(self.seed)
         weighted: Weighted = decoder.sample(self.target, self.prompts, proposal=proposal, rng=rng)
-        draws = weighted.scored.draws
-        again = Generator().manual_seed(self.seed + 1)
-        picks = resample(weighted.log_w, draws.prompt_index, len(self.prompts), self.task.draws, again).flatten()
-        rows = picks[picks >= 0]
-        reward = float(self.target.beta * weighted.scored.log_evidence[rows].double().mean())
-        texts = tuple(draws.texts[row] for row in rows.tolist())
-        index = tuple(draws.prompt_index[rows].tolist())
-        return Outcome(self.method, self.seed, texts, index, reward, seconds=seconds + time.perf_counter() - began)
+        reward = self.target.beta * expectation(weighted, weighted.scored.log_evidence.double())
+        returned = System.resampled(self.method, self.task.draws, Generator().manual_seed(self.seed + 1), weighted)
+        seconds += time.perf_counter() - began
+        return Outcome(self.method, self.seed, returned.runs[0], reward, seconds=seconds)
 
     def trained(self, engine: str, source: Source) -> tuple[Any, float]:
         """A policy trained by another engine than the recipe's, with the recipe's other settings, and how long it took."""
@@ -229,6 +248,13 @@ class _Bench:
             return sampler
         bar = self.task.progress(f"{self.method}, seed {self.seed}", len(self.prompts) * self.task.draws)
         return replace(sampler, progress=bar)
+
+
+def expectation(weighted: Weighted, values: Any) -> float:
+    """The weighted mean of a value of each draw, averaged over prompts."""
+    index, count = weighted.scored.draws.prompt_index, len(weighted.scored.draws.prompts)
+    share = normalise(weighted.log_w.double(), index, count)
+    return float(group_sum(share * values, index, count).mean())
 
 
 def _prior(bench: _Bench) -> Outcome:
@@ -278,3 +304,24 @@ METHODS: Mapping[str, Callable[[_Bench], Outcome]] = {
 }
 """The prior as it is; fine-tuning on the references; the best of n and SMC of the prior; the recipe's engine at the planned
 beta; DPO on pairs of posterior samples; and the policy corrected by SMC."""
+
+
+def task_table(task: TaskRun, methods: Sequence[str], seeds: int) -> tuple[TaskTable, list[Outcome]]:
+    """Every method with every seed, in one table; the prior and SMC's baselines are drawn once a seed like the others.
+
+    Raises:
+        InputError: for a method or metric that is not there.
+    """
+    outcomes = [task.outcome(method, task.recipe.seed + seed) for seed in range(seeds) for method in methods]
+    by_method = {method: [found for found in outcomes if found.method == method] for method in methods}
+    systems = [
+        System(
+            method,
+            tuple(found.texts for found in some),
+            tuple(f.log_ratios or () for f in some) if all(f.log_ratios is not None for f in some) else None,
+            sum(found.seconds for found in some) / len(some),
+        )
+        for method, some in by_method.items()
+    ]
+    prompts = task.test_prompts
+    return evaluate_systems(task.name, prompts, systems, task.metrics, baseline=methods[0]), outcomes
