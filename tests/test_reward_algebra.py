@@ -288,11 +288,11 @@ def brief(completions):
         assert sentence in refused("plan", file)
 
     def test_the_command_lists_parts_and_shows_one(self, cli, refused):
-        listed = cli("rewards", "--json", "/dev/stdout")
+        listed = cli("reward", "list", "--json", "/dev/stdout")
         assert listed.code == 0
         assert "topic-similarity" in listed.out
-        assert "bounds [-1, 1]" in cli("rewards", "sentiment").out
-        assert "did you mean 'fluency'?" in refused("rewards", "fluent")
+        assert "bounds [-1, 1]" in cli("reward", "list", "sentiment").out
+        assert "did you mean 'fluency'?" in refused("reward", "list", "fluent")
 
     def test_smc_by_prefixes_warns_of_parts_that_say_nothing_there(self, cli, here, models):
         file = self.recipe(here, models, [{"part": "sentiment"}, {"part": "pattern", "pattern": "a"}])

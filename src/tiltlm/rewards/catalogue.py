@@ -48,7 +48,7 @@ def make_part(name: str, settings: Mapping[str, Any], lm: Any) -> Part:
     kinds = part_kinds()
     if name not in kinds:
         near = difflib.get_close_matches(str(name), kinds, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"tiltlm rewards lists them: {', '.join(kinds)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"tiltlm reward list lists them: {', '.join(kinds)}"
         raise InputError(f"part is {name!r}; {hint}")
     kind = kinds[name]
     known = settings_of(kind)
