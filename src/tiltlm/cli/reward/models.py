@@ -42,7 +42,7 @@ def fit(
     batch: Annotated[int, typer.Option(help="rows in a step", min=1)] = 16,
     lr: Annotated[float, typer.Option(help="learning rate of the trunk")] = 1e-4,
     max_tokens: Annotated[int, typer.Option(help="of a text; of a longer one the end is read", min=8)] = 512,
-    pooling: Annotated[str, typer.Option(help="auto, last or mean")] = "auto",
+    pooling: Annotated[str, typer.Option(help="auto, mean, first or last")] = "auto",
     dtype: Annotated[str, typer.Option(help="precision of the model")] = "auto",
     device: Annotated[str, typer.Option(help="where it runs")] = "auto",
     seed: Seed = 0,
