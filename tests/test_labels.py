@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch.testing import assert_close
 
+import tiltlm as tl
 from conftest import make_model, make_tokenizer, write
 from tiltlm.errors import InputError
 from tiltlm.labels import (
@@ -31,6 +32,7 @@ from tiltlm.labels.acquisition import conditioned, double_thompson_law, informat
 from tiltlm.labels.terminal import answer_at_terminal
 from tiltlm.lm.given import preferences
 from tiltlm.lm.load import load
+from tiltlm.workflow.labels import members_of
 
 RULES = [BALD(), DoubleThompson(), Margin(), Margin(of="probability"), RandomPairs()]
 
@@ -603,6 +605,10 @@ def odd(completions, weather):
 
 def raises(completions):
     raise RuntimeError("no weights")
+
+
+def sleeps(completions):
+    __import__("time").sleep(60)
 """
 
 
@@ -636,6 +642,28 @@ class TestCommands:
         assert "reward is missing" in refused("plan", "recipe.yaml")
         assert cli("reward", "ask", "recipe.yaml", "--session", "desk", "--n", 1).code == 0
 
+    def test_members_of_a_function_are_the_same_in_a_worker(self, desk):
+        session = Session.create(desk / "s", world())
+        here, there = (members_of("m.py:members", session, timeout=limit) for limit in (None, 60))
+        assert torch.equal(here, there)
+        assert here.shape == (3, len(session.candidates.completions))
+
+    def test_members_of_a_reward_model_are_draws_of_its_posterior(self, cli, desk, models):
+        lines = [{"prompt": "p", "chosen": "a " * (n + 2), "rejected": "a " * n} for n in range(1, 9)]
+        (desk / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        assert cli("reward", "fit", "--data", "p.jsonl", "--model", models / "chat", "--out", "rm").code == 0
+        rows = [{"prompt": "q", "completions": ["c", "d d", "e e e"]}]
+        (desk / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ask = ("reward", "ask", "recipe.yaml", "--session", "desk", "--candidates", "c.jsonl", "--by", "bald")
+        assert cli(*ask, "--members", "rm", "--n", 1).code == 0
+        session, model = Session.open(desk / "desk"), tl.RewardModel.load(desk / "rm")
+        drawn = members_of("rm", session, draws=4000)
+        mean = model.mean(["q"] * 3, session.candidates.completions)
+        spread = model.covariance(["q"] * 3, session.candidates.completions)
+        assert (drawn.mean(0) - mean).abs().max() < 5 * (spread.diagonal().max() / 4000).sqrt()
+        assert torch.allclose(torch.cov(drawn.T), spread.double(), rtol=0.2, atol=0.1 * float(spread.diagonal().max()))
+        assert torch.equal(drawn, members_of("rm", session, draws=4000))
+
     def test_given_candidates(self, cli, desk):
         rows = [{"prompt": "p", "completions": ["a", "b"]}, {"prompt": "q", "completions": ["c", "d", "e"]}]
         (desk / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -665,6 +693,10 @@ class TestCommands:
                 "asks for 'weather'; it may ask for prompts, completions, answers",
             ),
             (["--by", "bald", "--members", "m.py:raises"], "raised RuntimeError (no weights)"),
+            (
+                ["--by", "bald", "--members", "m.py:sleeps", "--timeout", "1"],
+                "m.py:sleeps' took more than 1 s; mend it",
+            ),
             (["--draws", "1"], "draws is 1; a question needs two"),
             (["--policy", "nowhere"], "policy 'nowhere' holds no adapter"),
             (["--candidates", "prompts.txt"], "candidates 'prompts.txt' is no table"),

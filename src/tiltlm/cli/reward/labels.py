@@ -25,7 +25,15 @@ def ask(
     by: Annotated[str, typer.Option(help="bald, double-thompson, margin or random")] = "random",
     members: Annotated[
         str | None,
-        typer.Option(help="file.py:function that gives K rewards a completion", show_default=False),
+        typer.Option(
+            help="the reward's posterior: a reward model's folder, or file.py:function with K rewards a completion",
+            show_default=False,
+        ),
+    ] = None,
+    member_draws: Annotated[int, typer.Option(help="draws of a reward model's posterior", min=1)] = 64,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="seconds that a function of members may take, in a worker process", show_default=False),
     ] = None,
     draws: Annotated[int, typer.Option(help="completions a prompt, for a new session")] = 4,
     policy: Annotated[
@@ -46,12 +54,15 @@ def ask(
 
     rule = acquisition(by)
     if rule.least_members and members is None:
-        raise InputError(f"by is {by!r}, which looks at a reward; give --members file.py:function, or ask by random")
+        raise InputError(f"by is {by!r}, which looks at a reward; give --members, or ask by random")
     require_writable(write)
     quieten()
     with draw_bars(stderr) as bars:
         found = session_of(session, recipe, draws=draws, policy=policy, candidates=candidates, progress=bars.bar)
-    asked = found.ask(n, rule, members_of(members, found) if members is not None else None)
+        drawn = None
+        if members is not None:
+            drawn = members_of(members, found, draws=member_draws, timeout=timeout, progress=bars.bar)
+    asked = found.ask(n, rule, drawn)
     waiting = found.open_questions
     if write is not None:
         write_questions(waiting, write)
