@@ -1,6 +1,7 @@
 """Engines by name, and engines side by side."""
 
 import json
+import re
 import warnings
 from dataclasses import dataclass, replace
 
@@ -125,6 +126,12 @@ class TestCompare:
         page = write_comparison([plain], tmp_path / "compare.html").read_text()
         assert "rloo, then importance" in page
         assert "Equal budget of 800 samples" in page
+        assert "E gold" not in page
+        plain["results"][0]["gold"] = {"value": 0.25, "stderr": 0.01, "n": 9, "kind": "mc"}
+        judged = write_comparison([plain], tmp_path / "gold.html").read_text()
+        head, *cells = re.findall(r"<tr>(.*?)</tr>", judged)
+        assert head.startswith("<td></td><td>E r</td><td>E gold</td>")
+        assert [row.split("</td>")[2] for row in cells] == ["<td>0.25 ± 0.01", *["<td>–"] * (len(of) - 1)]
 
     def test_with_draws_instead_of_the_truth(self, monkeypatch):
         """The same numbers, estimated: the certificate's interval and the forward KL's hold the listed ones."""

@@ -63,13 +63,13 @@ def test_the_tutorials_target(tiny_embedded_model):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
-    from tiltlm.workflow.inputs import load_function, read_prompts, reward_of
+    from tiltlm.workflow.inputs import read_prompts, reward_of
     from tiltlm.workflow.recipe import read_recipe
 
     read = read_recipe(recipe, {})
     assert len(read_prompts(read.prompts, read.column)) >= 1
-    for function in [*filter(None, [read.gold]), *(moment.function for moment in read.moments)]:
-        reward, _ = load_function(function, "gold")
+    for function in [*filter(None, [read.gold]), *(moment.source for moment in read.moments)]:
+        reward, _ = reward_of(function, read.model, what="gold")
         assert len(reward(completions=["a good film", "a bad film"])) == 2
     if read.reward is None:
         return

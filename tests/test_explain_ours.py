@@ -421,3 +421,33 @@ def test_the_command_refuses_a_bad_file_in_one_sentence(refused, tmp_path, text,
 def test_the_command_refuses_what_is_not_there(refused, tmp_path):
     assert "cannot be read" in refused("explain", tmp_path / "none.yaml")
     assert "p0 is 2;" in refused("explain", DATA / "trl_grpo.yaml", "--p0", 2)
+
+
+class TestMoments:
+    """Their evidence stands beside the reward's in the target, whatever the engine."""
+
+    MOMENTS = ({"function": "f.py:women", "mean": 0.5}, "f.py:kind=1", {"part": "length", "mean": 9})
+
+    def test_beside_a_reward(self):
+        recipe = {"engine": "rloo", "reward": "f.py:good", "beta": BETA, "moments": list(self.MOMENTS)}
+        found = explain(recipe)
+        assert found.beta == BETA
+        (moments,) = [one for one in found.findings if one.field == "moments"]
+        assert moments.severity == "changes the target"
+        assert "the reward's posterior with E women = 0.5, E kind = 1, E length = 9" in moments.says
+        assert "exp(r/β + Σ λᵢφᵢ)" in moments.formula
+        assert "E women = 0.5" in str(found)
+
+    def test_alone_there_is_no_reward(self):
+        found = explain({"engine": "rloo", "prompts": "p.txt", "moments": list(self.MOMENTS)})
+        (moments,) = [one for one in found.findings if one.field == "moments"]
+        assert found.beta == 1
+        assert "nearest to π0 with" in moments.says
+        assert "r/β" not in moments.formula
+
+    def test_without_them_nothing_is_said(self):
+        assert not [one for one in explain({"engine": "rloo", "beta": BETA}).findings if one.field == "moments"]
+
+    def test_a_moment_without_a_mean(self):
+        with pytest.raises(InputError, match="give it a function or a part, and a mean"):
+            explain({"engine": "rloo", "beta": BETA, "reward": "f.py:good", "moments": [{"function": "f.py:women"}]})

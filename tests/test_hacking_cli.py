@@ -16,6 +16,8 @@ from tiltlm.diagnostics.overoptimisation import curve
 from tiltlm.report.folder import read_run
 from tiltlm.report.hacking import fitted, hacking_lines, overoptimisation_figure
 from tiltlm.report.html import write_report
+from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.run import Run
 
 MORE = (
     REWARDS
@@ -100,6 +102,33 @@ class TestGold:
     def test_bad_gold(self, refused, place, flags, message):
         assert message in refused("plan", "recipe.yaml", *flags)
 
+    @pytest.mark.parametrize(
+        ("gold", "message"),
+        [
+            ({"part": "fluent"}, "gold: part is 'fluent'; did you mean 'fluency'?"),
+            ({"part": "length", "mots": 3}, "gold: setting 'mots' is none of part length's"),
+            ([{"part": "length", "weight": "x"}], "weight of part 1 of gold is 'x'"),
+            ({"function": "rewards.py:nobody"}, "gold 'rewards.py:nobody': rewards.py has no function 'nobody'"),
+            ([], "gold is an empty list"),
+            (3, "gold is 3 in recipe.yaml; give file.py:function, or a list of parts"),
+        ],
+    )
+    def test_bad_parts_are_said_before_a_model_is_loaded(self, refused, place, models, gold, message):
+        write(place / "recipe.yaml", settings(models, gold=gold, model="no/such-model"))
+        assert message in refused("plan", "recipe.yaml")
+
+    def test_parts_as_gold_and_as_reward(self, cli, place, models):
+        both = [{"part": "length", "unit": "characters"}, {"function": "rewards.py:good", "weight": -2}]
+        write(place / "recipe.yaml", settings(models, gold=both, reward={"function": "rewards.py:good"}))
+        assert cli("plan", "recipe.yaml", "--gold", "rewards.py:held_out").code == 0  # the flag goes on top
+        assert cli("plan", "recipe.yaml").code == 0
+        run = Run(read_recipe(place / "recipe.yaml", {}))
+        texts = ["a good film", "no"]
+        assert run.gold is not None
+        values = run.gold.fn(completions=texts)
+        good = run._reward_function(completions=texts)
+        assert list(values) == [len(text) - 2 * value for text, value in zip(texts, good, strict=True)]
+
 
 class TestMoments:
     def recipe(self, place, models, **changes):
@@ -128,8 +157,6 @@ class TestMoments:
     def test_beside_a_reward_they_hold_under_its_posterior(self, cli, place, models):
         self.recipe(place, models, moments=["rewards.py:an_e=0.4"], samples=128)
         assert cli("plan", "recipe.yaml").code == 0
-        from tiltlm.workflow.recipe import read_recipe
-        from tiltlm.workflow.run import Run
 
         run = Run(read_recipe(place / "recipe.yaml", {}))
         target = run.target(0.25)
@@ -157,6 +184,20 @@ class TestMoments:
         cli("plan", "recipe.yaml", "--moments", "rewards.py:an_e=0.6")
         assert numbers(place / "run/moments.json")["moments"]["an_e"]["weight"]["value"] > first + 0.3
 
+    def test_a_named_part_is_the_function_that_it_is(self, cli, place, models):
+        moments = [{"part": "pattern", "pattern": "e", "mean": 0.4, "name": "an_e"}]
+        found = []
+        for given in (moments, ["rewards.py:an_e=0.4"]):
+            self.recipe(place, models, reward=None, beta=None, bounds=None, moments=given)
+            assert cli("plan", "recipe.yaml").code == 0
+            found.append(numbers(place / "run/moments.json")["moments"]["an_e"])
+        assert found[0] == found[1]
+
+    def test_there_is_no_reward_to_judge_prefixes_by(self, refused, place, models):
+        self.recipe(place, models, reward=None, beta=None, bounds=None, moments=["rewards.py:an_e=0.4"])
+        sample = ("sample", "recipe.yaml", "--engine", "smc", "--draws", 4)
+        assert "the recipe has no reward that could judge" in refused(*sample, "--twist", "prefix")
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -169,6 +210,15 @@ class TestMoments:
             ({"moments": ["rewards.py:nobody=0.5"]}, "moments 'rewards.py:nobody': rewards.py has no function"),
             ({"moments": ["rewards.py:an_e=0.5", "rewards.py:an_e=0.5"]}, "moments has 'an_e' twice"),
             ({"moments": ["rewards.py:an_e=much"]}, "moments.0.mean is 'much'"),
+            ({"moments": [{"part": "fluent", "mean": 1}]}, "moments: part is 'fluent'; did you mean 'fluency'?"),
+            (
+                {"moments": [{"part": "length", "maen": 1, "mean": 1}]},
+                "moments: setting 'maen' is none of part length's",
+            ),
+            (
+                {"moments": [{"mean": 1}]},
+                "a moment has one feature; give it a function: file.py:function, or a part: NAME",
+            ),
             ({"moments": ["rewards.py:always=0.5"]}, "moment 'always' asks for mean 0.5, but its values in"),
             (
                 {"moments": ["rewards.py:an_e=0.5"], "beta": None, "kl_budget": 0.1},
@@ -245,7 +295,6 @@ class TestReport:
 
 def test_the_example_recipe_reaches_the_features():
     from tiltlm.workflow.moments import load_moments
-    from tiltlm.workflow.recipe import read_recipe
 
     recipe = read_recipe(Path(__file__).parent.parent / "recipes/balanced.yaml", {})
     (women, kind), _ = load_moments(recipe.moments)

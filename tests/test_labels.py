@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch.testing import assert_close
 
+import tiltlm as tl
 from conftest import make_model, make_tokenizer, write
 from tiltlm.errors import InputError
 from tiltlm.labels import (
@@ -31,6 +32,7 @@ from tiltlm.labels.acquisition import conditioned, double_thompson_law, informat
 from tiltlm.labels.terminal import answer_at_terminal
 from tiltlm.lm.given import preferences
 from tiltlm.lm.load import load
+from tiltlm.workflow.labels import members_of
 
 RULES = [BALD(), DoubleThompson(), Margin(), Margin(of="probability"), RandomPairs()]
 
@@ -603,6 +605,10 @@ def odd(completions, weather):
 
 def raises(completions):
     raise RuntimeError("no weights")
+
+
+def sleeps(completions):
+    __import__("time").sleep(60)
 """
 
 
@@ -614,19 +620,19 @@ class TestCommands:
         return here
 
     def test_from_the_prior_to_rows_that_can_be_trained_on(self, cli, desk, monkeypatch):
-        done = cli("labels", "ask", "recipe.yaml", "--session", "desk", "--n", 4, "--draws", 3)
+        done = cli("reward", "ask", "recipe.yaml", "--session", "desk", "--n", 4, "--draws", 3)
         assert done.code == 0, done
         assert done.out.count("question ") == 4
         monkeypatch.setattr(sys, "stdin", __import__("io").StringIO("1\n2\n=\nq\n"))
-        done = cli("labels", "answer", "desk", "--terminal")
+        done = cli("reward", "answer", "desk", "--terminal")
         assert "3 new answers, 1 questions open, 2 preferences: desk/preferences.jsonl" in done.out
-        done = cli("labels", "ask", "--model", "no", "--prompts", "no.txt", "--session", "desk", "--n", 2, "--by", "bald", "--members", "m.py:members", "--write", "q.jsonl")  # fmt: skip  # noqa: E501
+        done = cli("reward", "ask", "--model", "no", "--prompts", "no.txt", "--session", "desk", "--n", 2, "--by", "bald", "--members", "m.py:members", "--write", "q.jsonl")  # fmt: skip  # noqa: E501
         assert done.out == "3 open questions: q.jsonl\n"  # a session that is there needs no model
         rows = [json.loads(line) for line in (desk / "q.jsonl").read_text().splitlines()]
         assert [row["question"] for row in rows] == [3, 4, 5]
         (desk / "a.jsonl").write_text("".join(json.dumps({**row, "answer": "first"}) + "\n" for row in rows))
-        assert cli("labels", "answer", "desk", "a.jsonl").out.startswith("3 new answers, 0 questions open, 5 pref")
-        status = cli("labels", "status", "desk", "--json", "status.json")
+        assert cli("reward", "answer", "desk", "a.jsonl").out.startswith("3 new answers, 0 questions open, 5 pref")
+        status = cli("reward", "status", "desk", "--json", "status.json")
         assert "asked: 4 by random, 2 by bald" in status.out
         assert json.loads((desk / "status.json").read_text())["tie"] == 1
         train = ["--data", "desk/preferences.jsonl", "--engine", "dpo", "--beta", 0.1, "--steps", 1, "--batch", 2]
@@ -634,12 +640,34 @@ class TestCommands:
 
     def test_a_recipe_without_a_reward_is_enough_here_and_only_here(self, cli, refused, desk):
         assert "reward is missing" in refused("plan", "recipe.yaml")
-        assert cli("labels", "ask", "recipe.yaml", "--session", "desk", "--n", 1).code == 0
+        assert cli("reward", "ask", "recipe.yaml", "--session", "desk", "--n", 1).code == 0
+
+    def test_members_of_a_function_are_the_same_in_a_worker(self, desk):
+        session = Session.create(desk / "s", world())
+        here, there = (members_of("m.py:members", session, timeout=limit) for limit in (None, 60))
+        assert torch.equal(here, there)
+        assert here.shape == (3, len(session.candidates.completions))
+
+    def test_members_of_a_reward_model_are_draws_of_its_posterior(self, cli, desk, models):
+        lines = [{"prompt": "p", "chosen": "a " * (n + 2), "rejected": "a " * n} for n in range(1, 9)]
+        (desk / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        assert cli("reward", "fit", "--data", "p.jsonl", "--model", models / "chat", "--out", "rm").code == 0
+        rows = [{"prompt": "q", "completions": ["c", "d d", "e e e"]}]
+        (desk / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        ask = ("reward", "ask", "recipe.yaml", "--session", "desk", "--candidates", "c.jsonl", "--by", "bald")
+        assert cli(*ask, "--members", "rm", "--n", 1).code == 0
+        session, model = Session.open(desk / "desk"), tl.RewardModel.load(desk / "rm")
+        drawn = members_of("rm", session, draws=4000)
+        mean = model.mean(["q"] * 3, session.candidates.completions)
+        spread = model.covariance(["q"] * 3, session.candidates.completions)
+        assert (drawn.mean(0) - mean).abs().max() < 5 * (spread.diagonal().max() / 4000).sqrt()
+        assert torch.allclose(torch.cov(drawn.T), spread.double(), rtol=0.2, atol=0.1 * float(spread.diagonal().max()))
+        assert torch.equal(drawn, members_of("rm", session, draws=4000))
 
     def test_given_candidates(self, cli, desk):
         rows = [{"prompt": "p", "completions": ["a", "b"]}, {"prompt": "q", "completions": ["c", "d", "e"]}]
         (desk / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        done = cli("labels", "ask", "recipe.yaml", "--session", "desk", "--candidates", "c.jsonl", "--n", 9)
+        done = cli("reward", "ask", "recipe.yaml", "--session", "desk", "--candidates", "c.jsonl", "--n", 9)
         assert done.out.count("question ") == 4
         assert "4 pairs were left to ask about" in done.err
 
@@ -647,7 +675,7 @@ class TestCommands:
         lm = load(str(models / "chat"))
         policy = lm.prior(max_new_tokens=5).policy()
         policy.save(desk / "policy")
-        assert cli("labels", "ask", "recipe.yaml", "--session", "desk", "--policy", "policy", "--n", 2).code == 0
+        assert cli("reward", "ask", "recipe.yaml", "--session", "desk", "--policy", "policy", "--n", 2).code == 0
 
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -665,18 +693,22 @@ class TestCommands:
                 "asks for 'weather'; it may ask for prompts, completions, answers",
             ),
             (["--by", "bald", "--members", "m.py:raises"], "raised RuntimeError (no weights)"),
+            (
+                ["--by", "bald", "--members", "m.py:sleeps", "--timeout", "1"],
+                "m.py:sleeps' took more than 1 s; mend it",
+            ),
             (["--draws", "1"], "draws is 1; a question needs two"),
             (["--policy", "nowhere"], "policy 'nowhere' holds no adapter"),
             (["--candidates", "prompts.txt"], "candidates 'prompts.txt' is no table"),
         ],
     )
     def test_refusals(self, refused, desk, flags, message):
-        assert message in refused("labels", "ask", "recipe.yaml", "--session", "desk", *flags)
+        assert message in refused("reward", "ask", "recipe.yaml", "--session", "desk", *flags)
 
     def test_answer_refusals(self, refused, desk):
-        assert "nothing holds no session" in refused("labels", "answer", "nothing", "--terminal")
-        assert "give a file, or --terminal" in refused("labels", "answer", "desk")
-        assert "holds no session" in refused("labels", "status", "desk")
+        assert "nothing holds no session" in refused("reward", "answer", "nothing", "--terminal")
+        assert "give a file, or --terminal" in refused("reward", "answer", "desk")
+        assert "holds no session" in refused("reward", "status", "desk")
 
 
 @pytest.mark.slow

@@ -272,11 +272,11 @@ def brief(completions):
             ([{"part": "lenght"}], "part is 'lenght'; did you mean 'length'?"),
             ([{"part": "length", "units": "words"}], "setting 'units' is none of part length's; did you mean 'unit'?"),
             ([{"part": "pattern"}], "part pattern needs the setting 'pattern'"),
-            ([{"part": "length", "weight": "much"}], "weight of part 1 of the reward is 'much'"),
+            ([{"part": "length", "weight": "much"}], "weight of part 1 of reward is 'much'"),
             ([{"part": "length", "name": 3}], "setting name of part length is 3; it must be a text"),
             ([{"part": "repetition", "n": True}], "setting n of part repetition is True; it must be a number"),
-            ([{"part": "length", "clip": [2, 1]}], "clip of part 1 of the reward is [2, 1]"),
-            ([{"weight": 1}], "part 1 of the reward is {'weight': 1}; give 'part: NAME' or 'function: file.py:f'"),
+            ([{"part": "length", "clip": [2, 1]}], "clip of part 1 of reward is [2, 1]"),
+            ([{"weight": 1}], "part 1 of reward is {'weight': 1}; give 'part: NAME' or 'function: file.py:f'"),
             ([{"function": "parts.py:nothing"}], "has no function 'nothing'"),
             ([{"function": "parts.py:brief", "unit": "x"}], "is a function and has the key 'unit'"),
             (["sentiment"], "give file.py:function, or a list of parts"),
@@ -288,11 +288,11 @@ def brief(completions):
         assert sentence in refused("plan", file)
 
     def test_the_command_lists_parts_and_shows_one(self, cli, refused):
-        listed = cli("rewards", "--json", "/dev/stdout")
+        listed = cli("reward", "list", "--json", "/dev/stdout")
         assert listed.code == 0
         assert "topic-similarity" in listed.out
-        assert "bounds [-1, 1]" in cli("rewards", "sentiment").out
-        assert "did you mean 'fluency'?" in refused("rewards", "fluent")
+        assert "bounds [-1, 1]" in cli("reward", "list", "sentiment").out
+        assert "did you mean 'fluency'?" in refused("reward", "list", "fluent")
 
     def test_smc_by_prefixes_warns_of_parts_that_say_nothing_there(self, cli, here, models):
         file = self.recipe(here, models, [{"part": "sentiment"}, {"part": "pattern", "pattern": "a"}])

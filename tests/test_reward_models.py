@@ -467,8 +467,8 @@ def test_train_check_and_use_it_from_the_command_line(here, cli, models):
     lines(here / "taste.jsonl", comparisons(60))
     lines(here / "new.jsonl", comparisons(20, seed=3))
     ended = cli(
-        "reward-model",
-        "train",
+        "reward",
+        "fit",
         "--data",
         "taste.jsonl",
         "--model",
@@ -483,8 +483,8 @@ def test_train_check_and_use_it_from_the_command_line(here, cli, models):
     assert ended.code == 0, ended.err
     assert "taste: preference" in ended.out
     ended = cli(
-        "reward-model",
-        "check",
+        "reward",
+        "report",
         "rm",
         "--data",
         "new.jsonl",
@@ -505,11 +505,11 @@ def test_train_check_and_use_it_from_the_command_line(here, cli, models):
 
 def test_bad_settings_are_one_sentence(here, refused, models):
     lines(here / "taste.jsonl", comparisons(10))
-    start = ("reward-model", "train", "--data", "taste.jsonl", "--model", models / "chat")
+    start = ("reward", "fit", "--data", "taste.jsonl", "--model", models / "chat")
     assert "unfreeze is 'some'" in refused(*start, "--unfreeze", "some")
     assert "give one of them" in refused(*start, "--unfreeze", "1", "--lora-r", 2)
-    assert "no such table" in refused("reward-model", "train", "--data", "nothing.jsonl")
-    assert "no reward model" in refused("reward-model", "check", "nothing", "--data", "taste.jsonl")
+    assert "no such table" in refused("reward", "fit", "--data", "nothing.jsonl")
+    assert "no reward model" in refused("reward", "report", "nothing", "--data", "taste.jsonl")
     assert "label_smoothing is 0.7" in refused(*start, "--label-smoothing", 0.7)
 
 

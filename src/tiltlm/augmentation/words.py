@@ -7,6 +7,7 @@ have: an edit of "not good" must not make it "good".
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,9 +47,12 @@ NUMBERS = frozenset(
 
 CLAUSE_END = re.compile(r"[.,;:!?)\]—]['\"”’]?$")
 
+Editor = Callable[[list[str], Generator], list[str]]
+"""The words of a text to as many new ones; "" for a word that is gone."""
+
 
 @dataclass(frozen=True)
-class _Edit:
+class _Edit(ABC):
     """What the three edits share.
 
     Attributes:
@@ -73,8 +77,9 @@ class _Edit:
         edit = self._editor(rows)
         return [_edited(row, number, edit, rng) for number, (row, rng) in enumerate(zip(rows, rngs, strict=True), 1)]
 
-    def _editor(self, rows: Sequence[Row]) -> Callable[[str, Generator], str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _editor(self, rows: Sequence[Row]) -> Editor:
+        """What edits a text of these rows."""
 
     def _places(self, count: int, among: Sequence[int], rng: Generator) -> list[int]:
         """`count` words' share of the places, drawn without replacement."""
@@ -89,12 +94,11 @@ class DeleteWords(_Edit):
     name: ClassVar[str] = "delete"
     preserves: ClassVar[str] = "the label; negations with their clause, numbers, and the order of what is left"
 
-    def _editor(self, rows: Sequence[Row]) -> Callable[[str, Generator], str]:
-        def edit(text: str, rng: Generator) -> str:
-            words, gaps = _split(text)
+    def _editor(self, rows: Sequence[Row]) -> Editor:
+        def edit(words: list[str], rng: Generator) -> list[str]:
             free = _open(words, self.protected)
             gone = set(self._places(len(free), free, rng)[: max(1, len(words) // 2)]) if len(words) > 1 else set()
-            return _joined([("" if i in gone else w) for i, w in enumerate(words)], gaps)
+            return ["" if i in gone else word for i, word in enumerate(words)]
 
         return edit
 
@@ -106,9 +110,8 @@ class SwapWords(_Edit):
     name: ClassVar[str] = "swap"
     preserves: ClassVar[str] = "the label; every word, and the place of negations with their clause and of numbers"
 
-    def _editor(self, rows: Sequence[Row]) -> Callable[[str, Generator], str]:
-        def edit(text: str, rng: Generator) -> str:
-            words, gaps = _split(text)
+    def _editor(self, rows: Sequence[Row]) -> Editor:
+        def edit(words: list[str], rng: Generator) -> list[str]:
             free = set(_open(words, self.protected))
             both = [i for i in free if i + 1 in free and words[i] != words[i + 1] and not CLAUSE_END.search(words[i])]
             done: set[int] = set()
@@ -116,7 +119,7 @@ class SwapWords(_Edit):
                 if not {i, i + 1} & done:
                     words[i], words[i + 1] = words[i + 1], words[i]
                     done |= {i, i + 1}
-            return _joined(words, gaps)
+            return words
 
         return edit
 
@@ -136,7 +139,7 @@ class ReplaceWords(_Edit):
         "the label and the number of words; negations with their clause and numbers, none are put in"
     )
 
-    def _editor(self, rows: Sequence[Row]) -> Callable[[str, Generator], str]:
+    def _editor(self, rows: Sequence[Row]) -> Editor:
         if self.lexicon is not None:
             return self._by_lexicon(self.lexicon)
         texts = (text for number, row in enumerate(rows, 1) for text in editable(row, number))
@@ -144,23 +147,21 @@ class ReplaceWords(_Edit):
         known = sorted(word for word in counts if word and not _carries(word, self.protected))
         weight = torch.tensor([counts[word] for word in known], dtype=torch.float64)
 
-        def edit(text: str, rng: Generator) -> str:
-            words, gaps = _split(text)
+        def edit(words: list[str], rng: Generator) -> list[str]:
             free = _open(words, self.protected) if len(known) > 1 else []
             for i in self._places(len(free), free, rng):
                 words[i] = _dressed(known[int(torch.multinomial(weight, 1, generator=rng))], words[i])
-            return _joined(words, gaps)
+            return words
 
         return edit
 
-    def _by_lexicon(self, lexicon: Mapping[str, Sequence[str]]) -> Callable[[str, Generator], str]:
-        def edit(text: str, rng: Generator) -> str:
-            words, gaps = _split(text)
+    def _by_lexicon(self, lexicon: Mapping[str, Sequence[str]]) -> Editor:
+        def edit(words: list[str], rng: Generator) -> list[str]:
             free = [i for i in _open(words, self.protected) if lexicon.get(_bare(words[i]))]
             for i in self._places(len(free), free, rng):
                 others = lexicon[_bare(words[i])]
                 words[i] = _dressed(others[int(torch.randint(len(others), (1,), generator=rng))], words[i])
-            return _joined(words, gaps)
+            return words
 
         return edit
 
@@ -172,9 +173,9 @@ def frozen_words(text: str, protected: frozenset[str] = frozenset()) -> list[str
     return [word for i, word in enumerate(words) if i not in free]
 
 
-def _edited(row: Row, number: int, edit: Callable[[str, Generator], str], rng: Generator) -> list[dict[str, Any]]:
+def _edited(row: Row, number: int, edit: Editor, rng: Generator) -> list[dict[str, Any]]:
     before = editable(row, number)
-    after = [edit(text, rng) for text in before]
+    after = [_joined(edit(words, rng), gaps) for words, gaps in map(_split, before)]
     if after == before or (is_preference(row) and after[0] == after[1]):
         return []
     return [edited(row, after)]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tiltlm.cli.bars import draw_bars
+from tiltlm.cli.options import Seed
+from tiltlm.cli.output import require_writable, say, stderr
 
 
 def augment(
@@ -25,7 +26,7 @@ def augment(
         ),
     ],
     n: Annotated[int, typer.Option("--n", help="new versions of a row by each of them", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
+    seed: Seed = 0,
     rate: Annotated[float, typer.Option(help="share of the words that are edited")] = 0.1,
     protect: Annotated[
         str | None, typer.Option(help="words that edits leave alone, beside negations and numbers", show_default=False)
@@ -42,10 +43,9 @@ def augment(
     from tiltlm.augmentation import BackTranslation
     from tiltlm.augmentation.augment import AUGMENTATIONS
     from tiltlm.workflow.augment import augment_file
-    from tiltlm.workflow.files import require_writable_file
 
-    require_writable_file(out)
-    with draw_bars(Console(stderr=True)) as bars:
+    require_writable(out)
+    with draw_bars(stderr) as bars:
         counts = augment_file(
             source,
             out,
@@ -59,9 +59,7 @@ def augment(
             temperature=temperature,
             progress=bars.bar,
         )
-    console = Console()
     for name, count in counts.items():
         kind = BackTranslation if name == BackTranslation.name else AUGMENTATIONS[name]
-        text = f"{name}: {count} new rows; keeps {getattr(kind, 'preserves', '')}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"written: {out}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name}: {count} new rows; keeps {getattr(kind, 'preserves', '')}")
+    say(f"written: {out}")

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tiltlm.cli.augment import augment
 from tiltlm.cli.bars import DrawBars, draw_bars
-from tiltlm.cli.labels import labels
-from tiltlm.cli.options import pairs, recipe_command
-from tiltlm.cli.reward_models import reward_models
+from tiltlm.cli.options import Json, pairs, recipe_command
+from tiltlm.cli.output import console, require_writable, say, stderr, write_result
+from tiltlm.cli.reward import reward
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
 
@@ -33,37 +32,32 @@ app = typer.Typer(
     "[bold]sample[/bold] draws from the posterior without training.",
     epilog="Example: tiltlm plan recipes/film.yaml --kl-budget 0.75",
 )
-app.add_typer(reward_models, name="reward-model")
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What Typer raises for flags it does not understand; its name is private."""
 INTERRUPTED = 130
 DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/importance"
 """One of each family, and a trained policy corrected by its weights."""
 
-console = Console()
-stderr = Console(stderr=True)
 at_end = ExitStack()
 """What is to be closed when the command ends, however it ends."""
 
-app.add_typer(labels, name="labels")
+app.add_typer(reward, name="reward")
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
-
-Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 
 
 @app.command(epilog="Examples: tiltlm plan recipes/film.yaml · tiltlm plan recipes/film.yaml --beta 0.1 --samples 256")
 @recipe_command("Prior", "Evidence", "Running the reward", "Samples", "Run")
 def plan(recipe: Recipe, json_file: Json = None) -> None:
     """Predict reward and KL at every beta, from prior samples alone."""
-    _require_writable(json_file)
+    require_writable(json_file)
     with _draw_bars() as bars:
         found = _run(recipe, bars).plan()
-    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    say(str(found))
     if recipe.moments:
         from tiltlm.workflow.moments import moments_text
 
-        console.print(moments_text(recipe.folder), highlight=False, markup=False, soft_wrap=True)
-    _write_json(json_file, found.as_dict())
+        say(moments_text(recipe.folder))
+    write_result(json_file, found.as_dict())
 
 
 @app.command(epilog="Examples: tiltlm train recipes/film.yaml · tiltlm train recipes/film.yaml --resume")
@@ -74,7 +68,7 @@ def train(
     json_file: Json = None,
 ) -> None:
     """Train a policy towards the posterior; writes a PEFT adapter that peft and transformers load."""
-    _require_writable(json_file)
+    require_writable(json_file)
     with _draw_bars() as bars:
         run = _run(recipe, bars)
         beta = run.prepare(resume=resume)
@@ -84,7 +78,7 @@ def train(
     _print_hacking(recipe.folder, certified=False)
     steps = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     last = json.loads(steps[-1]) if steps else None
-    _write_json(json_file, {"beta": beta, "policy": str(recipe.folder / "policy"), "last_step": last})
+    write_result(json_file, {"beta": beta, "policy": str(recipe.folder / "policy"), "last_step": last})
 
 
 @app.command(epilog="Examples: tiltlm certify recipes/film.yaml · tiltlm certify recipes/film.yaml --policy prior")
@@ -100,12 +94,12 @@ def certify(
     json_file: Json = None,
 ) -> None:
     """Say how far a policy is from the posterior: KL(q||p*) as an interval."""
-    _require_writable(json_file)
+    require_writable(json_file)
     with _draw_bars() as bars:
         certificate = _run(recipe, bars).certify(policy)
-    console.print(str(certificate), highlight=False, markup=False, soft_wrap=True)
+    say(str(certificate))
     _print_hacking(recipe.folder)
-    _write_json(json_file, certificate.as_dict())
+    write_result(json_file, certificate.as_dict())
 
 
 @app.command(
@@ -137,17 +131,16 @@ def sample(
     """Draw from the posterior now, without training."""
     from tiltlm.records import shown
 
-    _require_writable(json_file)
+    require_writable(json_file)
     settings = pairs("option", option or [])
     with _draw_bars() as bars:
         ways = {"twist": twist, "masked_lm": masked_lm, "options": settings}
         weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, **ways)
     for row in rows:
-        prompt = shown(row["prompt"])
-        console.print(prompt, style="bold", highlight=False, markup=False, soft_wrap=True)
+        say(shown(row["prompt"]), style="bold")
         for completion in row["completions"]:
             text = f"  {completion['reward']:+.2f} {completion['text']}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(text)
         if not row["completions"]:
             console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
     log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
@@ -155,7 +148,7 @@ def sample(
     if signs:
         means = [f"{name} {sum(values) / len(values):.2f}" for name, values in signs.items()]
         stderr.print(f"mean over prompts: {', '.join(means)}", highlight=False, soft_wrap=True)
-    _write_json(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z, "diagnostics": signs})
+    write_result(json_file, {"engine": engine, "draws": draws, "prompts": rows, "log_z": log_z, "diagnostics": signs})
 
 
 @app.command(
@@ -179,16 +172,16 @@ def compare(
     """Put engines side by side on one target, at an equal budget."""
     from tiltlm.workflow.contest import contest
 
-    _require_writable(json_file)
+    require_writable(json_file)
     with _draw_bars() as bars:
         run = _run(recipe, bars)
         run.check()
         run.chosen_beta()
     found = contest(run, engines, samples_each, seconds, stderr)
     for comparison in found:
-        console.print(str(comparison), highlight=False, markup=False, soft_wrap=True)
+        say(str(comparison))
     console.print(f"picture: {recipe.folder / 'compare.html'}", highlight=False, soft_wrap=True)
-    _write_json(json_file, {"comparisons": [comparison.as_dict() for comparison in found]})
+    write_result(json_file, {"comparisons": [comparison.as_dict() for comparison in found]})
 
 
 @app.command(epilog="Examples: tiltlm engines · tiltlm engines --prove · tiltlm engines var-grad --prove")
@@ -203,36 +196,20 @@ def engines(
     """List the engines with what they claim; with --prove, prove it."""
     from tiltlm.workflow.claims import claims, claims_markdown, claims_table, details, proofs
 
-    _require_writable(json_file)
-    _require_writable(markdown)
+    require_writable(json_file, markdown)
     rows = claims(name)
     if prove:
-        rows = proofs(rows, lambda text: stderr.print(text, highlight=False, markup=False, soft_wrap=True))
+        rows = proofs(rows, lambda text: say(text, aside=True))
     console.print(claims_table(rows))
     if name is not None:
-        console.print(details(rows[0]), highlight=False, markup=False, soft_wrap=True)
+        say(details(rows[0]))
     if markdown is not None:
         from tiltlm.workflow.files import write_text
 
         write_text(markdown, claims_markdown(rows))
-    _write_json(json_file, {"engines": [row.as_dict() for row in rows]})
+    write_result(json_file, {"engines": [row.as_dict() for row in rows]})
     if any(row.refuted for row in rows):
         raise typer.Exit(1)
-
-
-@app.command(epilog="Examples: tiltlm rewards · tiltlm rewards topic-similarity")
-def rewards(
-    name: Annotated[str | None, typer.Argument(help="only this part, with its page", show_default=False)] = None,
-    json_file: Json = None,
-) -> None:
-    """List the named parts of rewards with their bounds and settings."""
-    from tiltlm.cli.rewards import page_of_part, table_of_parts
-    from tiltlm.rewards.catalogue import described
-
-    _require_writable(json_file)
-    found = table_of_parts() if name is None else page_of_part(name)
-    console.print(found, highlight=False, soft_wrap=name is not None)
-    _write_json(json_file, {"parts": described()})
 
 
 @app.command(
@@ -252,10 +229,10 @@ def explain(
     """Say what distribution a reinforcement-learning configuration really converges to."""
     from tiltlm.explanation import explain as explained
 
-    _require_writable(json_file)
+    require_writable(json_file)
     found = explained(config, format=kind, p0=p0)
-    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
-    _write_json(json_file, found.as_dict())
+    say(str(found))
+    write_result(json_file, found.as_dict())
 
 
 @app.command(epilog="Example: tiltlm report runs/film")
@@ -267,14 +244,14 @@ def report(
     from tiltlm.report.html import write_report
     from tiltlm.report.summary import summary_table
 
-    _require_writable(json_file)
+    require_writable(json_file)
     page = write_report(run)
     console.print(summary_table(run))
     _print_hacking(run)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     found = {name: run / f"{name}.json" for name in ("plan", "certificate")}
     parts = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
-    _write_json(json_file, {"report": str(page), **parts})
+    write_result(json_file, {"report": str(page), **parts})
 
 
 def _draw_bars() -> DrawBars:
@@ -297,21 +274,7 @@ def _print_hacking(run: Path, certified: bool = True) -> None:
     from tiltlm.report.hacking import hacking_lines
 
     for line in hacking_lines(read_what_is_there(run), certified):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _require_writable(file: Path | None) -> None:
-    if file is not None:
-        from tiltlm.workflow.files import require_writable_file
-
-        require_writable_file(file)
-
-
-def _write_json(file: Path | None, values: dict[str, Any]) -> None:
-    if file is not None:
-        from tiltlm.workflow.files import write_json
-
-        write_json(file, values)
+        say(line)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:

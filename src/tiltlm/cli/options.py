@@ -15,6 +15,9 @@ import yaml
 from tiltlm.errors import InputError
 from tiltlm.workflow.recipe import MomentSpec, Recipe, read_recipe
 
+Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
+Seed = Annotated[int, typer.Option(help="of everything random", min=0)]
+
 GROUPS = {
     "Prior": (
         "model",

@@ -12,6 +12,7 @@ import inspect
 import math
 import operator
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,7 +41,7 @@ class _OwnSignature:
         return part.signature()
 
 
-class Formula:
+class Formula(ABC):
     """A reward function that knows its parts. `a + b`, `a - b`, `2 * a`, `-a`, `a * b`, `1 - a`, `.clip(…)`, `.offset(…)`.
 
     It is called as any reward function, `f(completions=…, prompts=…, **columns)`, and returns a list of floats. Other functions
@@ -50,27 +51,27 @@ class Formula:
     __signature__ = _OwnSignature()
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """How the reward is called in logs."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def identity(self) -> str:
         """Tells this reward from another of the same name."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bounds(self) -> Bounds | None:
         """Smallest and largest value, infinite where only one end is known; None where neither is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self) -> tuple[TextFunction, ...]:
         """The functions in it that are called, each once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, values: Values) -> Float[Tensor, " B"]:
         """The reward from the values of its parts."""
-        raise NotImplementedError
 
     def signature(self) -> inspect.Signature:
         """What the parts ask for, together."""

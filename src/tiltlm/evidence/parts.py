@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -70,13 +71,13 @@ class Part(Formula):
             raise InputError(f"reward {self.label!r} reads {missing[0]!r}; give it, one value a completion")
         return self.score([text_of(c) for c in completions], **{name: columns[name] for name in self.reads})
 
+    @abstractmethod
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """The value of each text.
 
         Args:
             columns: those of `reads`, one value a text.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,9 @@ class Function(Part):
 
     def __call__(self, *args: Any, **columns: Any) -> list[float]:
         return list(self.fn(*args, **columns))
+
+    def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        return self(completions=texts, **columns)
 
 
 @dataclass(frozen=True)

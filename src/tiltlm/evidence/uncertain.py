@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -29,29 +30,29 @@ from tiltlm.evidence.members import Members, PriorRewards, moments_of, weighted_
 from tiltlm.records import Draws, Likelihood
 
 
-class _Uncertain(Algebra):
+class _Uncertain(Algebra, ABC):
     """Evidence u / beta of a reward u that is made of the members' rewards."""
 
     @property
-    def _members(self) -> Members:
-        raise NotImplementedError
+    @abstractmethod
+    def _members(self) -> Members: ...
 
     @property
-    def beta(self) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def beta(self) -> float: ...
 
     @property
-    def _word(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _word(self) -> str: ...
 
+    @abstractmethod
     def _combined(self, rewards: Float[Tensor, "M B"], draws: Draws) -> Float[Tensor, " B"]:
         """u of each completion, in reward units."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def _reward_bounds(self) -> tuple[float, float] | None:
         """Smallest and largest u, None where the members' bounds are unknown."""
-        raise NotImplementedError
 
     @property
     def log_bounds(self) -> tuple[float, float] | None:
@@ -293,8 +294,8 @@ class _Averse(_Tempered):
     def _combined(self, rewards: Float[Tensor, "M B"], draws: Draws) -> Float[Tensor, " B"]:
         return self._pessimistic(rewards - self.members.means(draws))
 
-    def _pessimistic(self, centred: Float[Tensor, "M B"]) -> Float[Tensor, " B"]:
-        raise NotImplementedError
+    @abstractmethod
+    def _pessimistic(self, centred: Float[Tensor, "M B"]) -> Float[Tensor, " B"]: ...
 
 
 @dataclass(frozen=True)

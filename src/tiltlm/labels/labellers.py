@@ -63,7 +63,7 @@ class Oracle:
 class AnswerFile:
     """Answers from a file of JSON lines, each with `question` (its number) and `answer`.
 
-    The lines may be the questions as `tiltlm labels ask` wrote them, with an `answer` put in; lines without one are open.
+    The lines may be the questions as `tiltlm reward ask` wrote them, with an `answer` put in; lines without one are open.
     """
 
     file: Path

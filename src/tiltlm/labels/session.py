@@ -110,7 +110,7 @@ class Session:
             candidates, seed = Candidates.from_dict(values["candidates"]), int(values["seed"])
         except OSError as error:
             raise InputError(
-                f"{folder} holds no session ({error.strerror}); make one with tiltlm labels ask"
+                f"{folder} holds no session ({error.strerror}); make one with tiltlm reward ask"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder / 'session.json'} is no session's ({error}); give another folder") from error

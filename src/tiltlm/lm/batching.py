@@ -67,12 +67,15 @@ def in_batches(
     with torch.inference_mode():
         for start in range(0, len(order), rows):
             numbers = order[start : start + rows]
-            some = [ids[row] for row in numbers]
-            width = max(map(len, some))
-            tokens = torch.tensor([[*row, *[filler] * (width - len(row))] for row in some])
-            mask = torch.arange(width)[None] < torch.tensor([len(row) for row in some])[:, None]
-            parts.append(run(tokens, mask, torch.tensor(numbers)).cpu())
+            parts.append(run(*padded([ids[row] for row in numbers], filler), torch.tensor(numbers)).cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()].clone()
+
+
+def padded(ids: Sequence[Sequence[int]], filler: int) -> tuple[Int[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """Texts as one tensor, filled up at the end, and where their tokens are."""
+    width = max(map(len, ids))
+    tokens = torch.tensor([[*row, *[filler] * (width - len(row))] for row in ids])
+    return tokens, torch.arange(width)[None] < torch.tensor([len(row) for row in ids])[:, None]
 
 
 def _absent(ids: Sequence[Sequence[int]]) -> int:

@@ -13,27 +13,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
+from tiltlm.lm.batching import padded
 from tiltlm.lm.layers import TopLayers, layers_of, top_parameters
-from tiltlm.lm.load import load_as
+from tiltlm.lm.pooled import PooledModel, load_pooled
 from tiltlm.records import Text
 
-Pooling = Literal["auto", "last", "mean"]
 Answer = tuple[Text, str]
 """A prompt and what was answered."""
 RECENT = 4096
@@ -48,16 +42,25 @@ Adaptation = LoRA | TopLayers | None
 class _Base:
     """One copy of a model, and whose weights are in it at the moment."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    pooling: Literal["last", "mean"]
+    body: PooledModel
     max_tokens: int
     switch: AdapterSwitch
     adaptation: Adaptation = None
     live: dict[str, nn.Parameter] = field(default_factory=dict)
     original: dict[str, Tensor] = field(default_factory=dict)
     inside: Mapping[str, Tensor] | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.body.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.body.tokenizer
+
+    @property
+    def name(self) -> str:
+        return self.body.name
 
     def prepare(self, adaptation: LoRA | TopLayers) -> None:
         """Make the weights of an adaptation, once."""
@@ -135,7 +138,7 @@ class Trunk:
         base = self.base
         return {
             "model": base.name,
-            "pooling": base.pooling,
+            "pooling": base.body.pooling,
             "max_tokens": base.max_tokens,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint(),
@@ -193,16 +196,8 @@ class Trunk:
         texts = self.texts(answers)
         new = list(dict.fromkeys(text for text in texts if text not in self.recent))
         found: dict[str, Tensor] = {text: self.recent[text] for text in texts if text in self.recent}
-        ids = dict(zip(new, self.tokens(new), strict=True))
-        ordered = sorted(new, key=lambda text: len(ids[text]))
         self.base.put(self.weights)
-        for start in range(0, len(ordered), rows):
-            some = ordered[start : start + rows]
-            with torch.no_grad():
-                values = self.pooled([ids[text] for text in some]).float().cpu()
-            found.update(zip(some, values, strict=True))
-            if progress is not None:
-                progress(len(some))
+        found.update(zip(new, self.base.body.vectors(self.tokens(new), rows, progress), strict=True))
         for text in texts:
             self.recent[text] = found[text]
             self.recent.move_to_end(text)
@@ -237,18 +232,7 @@ class Trunk:
 
     def pooled(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "B D"]:
         """Pooled hidden states of texts as ids; carries gradient to the live weights."""
-        base = self.base
-        width = max(len(some) for some in ids)
-        tokens = torch.zeros(len(ids), width, dtype=torch.long)
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        for row, some in enumerate(ids):
-            tokens[row, : len(some)], mask[row, : len(some)] = torch.tensor(some), 1
-        tokens, mask = tokens.to(base.model.device), mask.to(base.model.device)
-        states = base.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        if base.pooling == "last":
-            return states[torch.arange(len(ids), device=states.device), mask.sum(-1) - 1]
-        shares = mask[..., None].to(states.dtype)
-        return (states * shares).sum(1) / shares.sum(1)
+        return self.base.body.pooled(*padded(ids, 0))
 
     def _text(self, prompt: Text, completion: str) -> str:
         tokenizer = cast(Any, self.base.tokenizer)
@@ -261,7 +245,7 @@ class Trunk:
             else:
                 text = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
         end = tokenizer.eos_token
-        if self.base.pooling == "last" and end and not text.endswith(end):
+        if self.base.body.pooling == "last" and end and not text.endswith(end):
             text += end  # the token that is read must not be one of the answer's own
         if not text.strip():
             raise InputError("an answer and its prompt are both empty; leave such rows out")
@@ -272,7 +256,7 @@ def load_trunk(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    pooling: Pooling = "auto",
+    pooling: str = "auto",
     max_tokens: int = 512,
     dtype: str = "auto",
     device: str = "auto",
@@ -283,7 +267,8 @@ def load_trunk(
     Args:
         model: "smollm2-135m-instruct" and "all-minilm-l6-v2" ship inside packages.
         tokenizer: needed with a model in memory.
-        pooling: "auto" takes the last token's state of a causal LM, the mean of an encoder.
+        pooling: "mean", "first", "last"; "auto" takes what a folder of sentence-transformers says, else the last token's state of
+            a causal LM and the mean of an encoder.
         max_tokens: of a text; of a longer one the end is read. At most the model's context.
         name: what to load a model in memory from, later.
 
@@ -292,26 +277,10 @@ def load_trunk(
     """
     if max_tokens < 8:
         raise InputError(f"max_tokens is {max_tokens}; a text needs at least 8")
-    if pooling not in ("auto", "last", "mean"):
-        raise InputError(f"pooling is {pooling!r}; use auto, last or mean")
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise InputError(
-                "tokenizer is missing: a model in memory comes with its tokenizer, load_trunk(model, tokenizer)"
-            )
-        body: Any = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
-        label = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-    else:
-        body, tokenizer = load_as(AutoModel, str(model), tokenizer, dtype=dtype, device=device)
-        label = str(model)
-    config = body.config
-    if config.is_encoder_decoder:
-        raise InputError(f"model {label!r} is an encoder-decoder; give a causal LM or a BERT-like encoder")
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or max_tokens
-    body.requires_grad_(False).eval()
-    pool: Any = ("last" if causal else "mean") if pooling == "auto" else pooling
-    return Trunk(_Base(body, cast(Any, tokenizer), label, pool, min(max_tokens, context), AdapterSwitch(body)))
+    how: Any = None if pooling == "auto" else pooling
+    body = load_pooled(model, tokenizer, pooling=how, dtype=dtype, device=device, name=name)
+    limit = max_tokens if body.longest is None else min(max_tokens, body.longest)
+    return Trunk(_Base(body, limit, AdapterSwitch(body.model)))
 
 
 def _opening(tokenizer: Any) -> int:
@@ -320,4 +289,4 @@ def _opening(tokenizer: Any) -> int:
     return next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
 
 
-__all__ = ["Adaptation", "Answer", "Pooling", "TopLayers", "Trunk", "load_trunk"]
+__all__ = ["Adaptation", "Answer", "TopLayers", "Trunk", "load_trunk"]

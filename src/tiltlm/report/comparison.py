@@ -92,12 +92,29 @@ def _interval(interval: Json | None) -> str:
 
 
 def _rows(comparison: Json) -> list[tuple[str, ...]]:
-    rows = []
+    """The table: its head, then a row a contender; with gold where a reward was held out."""
+    judged = any(r.get("gold") for r in comparison["results"])
+    gold_head = ("E gold",) if judged else ()
+    rows: list[tuple[str, ...]] = [
+        ("", "E r", *gold_head, "KL(q‖pi0)", "KL(q‖p*)", "KL(p*‖q)", "unique", "samples", "seconds")
+    ]
     for r in comparison["results"]:
         kl = r["kl_prior"]["value"] if r["kl_prior"] else None
         unique = r["diversity"]["unique"] if r["diversity"] else math.nan
-        cells = (show(r["reward"]["value"]), show(kl), _interval(r["to_posterior"]), _interval(r["from_posterior"]))
+        gold = (_gold(r.get("gold")),) if judged else ()
+        cells = (
+            show(r["reward"]["value"]),
+            *gold,
+            show(kl),
+            _interval(r["to_posterior"]),
+            _interval(r["from_posterior"]),
+        )
         share = "–" if math.isnan(unique) else f"{unique:.0%}"
         name = r["name"] if r["served"] == 1 else f"{r['name']} ({r['served']:.0%} of the prompts)"
         rows.append((name, *cells, share, f"{r['samples']:,}", f"{r['seconds']:.1f}"))
     return rows
+
+
+def _gold(estimate: Json | None) -> str:
+    """The mean of the held-out reward and its standard error."""
+    return "–" if estimate is None else f"{show(estimate['value'])} ± {show(finite(estimate['stderr']))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from functools import cache
@@ -31,7 +32,7 @@ def part_kinds() -> Mapping[str, type[Part]]:
         module = importlib.import_module(f"{rewards.__name__}.{entry.name}")
         for kind in vars(module).values():
             own = isinstance(kind, type) and kind.__module__ == module.__name__ and not kind.__name__.startswith("_")
-            if own and issubclass(kind, Part) and kind.score is not Part.score:
+            if own and issubclass(kind, Part) and not inspect.isabstract(kind):
                 found[name_of(kind)] = kind
     return dict(sorted(found.items()))
 
@@ -48,7 +49,7 @@ def make_part(name: str, settings: Mapping[str, Any], lm: Any) -> Part:
     kinds = part_kinds()
     if name not in kinds:
         near = difflib.get_close_matches(str(name), kinds, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"tiltlm rewards lists them: {', '.join(kinds)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"tiltlm reward list lists them: {', '.join(kinds)}"
         raise InputError(f"part is {name!r}; {hint}")
     kind = kinds[name]
     known = settings_of(kind)

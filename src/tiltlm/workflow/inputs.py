@@ -127,9 +127,9 @@ def _table(path: Path) -> Any:
 
 
 def reward_of(
-    source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str, load: Load | None = None
+    source: str | Sequence[Mapping[str, Any]], lm: LanguageModel | str, load: Load | None = None, what: str = "reward"
 ) -> tuple[TextFunction, str]:
-    """A recipe's reward: a function's name, or a list of parts with their weights.
+    """A recipe's reward, held-out reward or moment: a function's name, or a list of parts with their weights.
 
     An item of the list is a named part with its settings, `{part: fluency, weight: 0.3}`, or a function, `{function: file.py:f,
     weight: 1.0, bounds: [0, 1]}`. Either may have a `name`, an `offset` (a column) and a `clip` (two numbers).
@@ -137,6 +137,7 @@ def reward_of(
     Args:
         lm: the language model of parts that need one and name none; its name will do to check the rest.
         load: gets functions by their source; `load_function` by default.
+        what: the recipe's key, for messages.
 
     Returns:
         The function or formula, and a hash of what it is made of.
@@ -146,10 +147,10 @@ def reward_of(
     """
     load = load or load_function
     if isinstance(source, str):
-        return load(source, "reward")
+        return load(source, what)
     if not source:
-        raise InputError("reward is an empty list; give at least one part")
-    found = [_term(item, lm, number, load) for number, item in enumerate(source, 1)]
+        raise InputError(f"{what} is an empty list; give at least one part")
+    found = [_term(item, lm, load, (what, number)) for number, item in enumerate(source, 1)]
     code = json.dumps([dict(item) for item in source], sort_keys=True, default=str) + "".join(
         code for *_, code in found
     )
@@ -164,44 +165,51 @@ def reward_name(source: str | Sequence[Mapping[str, Any]]) -> str:
     return source.rpartition(":")[2] if isinstance(source, str) else ""
 
 
-def _term(item: Mapping[str, Any], lm: LanguageModel | str, number: int, load: Load) -> tuple[float, Formula, str]:
-    """The weight, the part and the code of an item of a reward's list."""
+Place = tuple[str, int]
+"""A recipe's key, and the number of an item in its list: for messages."""
+
+
+def _term(item: Mapping[str, Any], lm: LanguageModel | str, load: Load, at: Place) -> tuple[float, Formula, str]:
+    """The weight, the part and the code of an item of a list of parts."""
+    what, number = at
     settings = dict(item)
     weight, clip, offset = settings.pop("weight", 1.0), settings.pop("clip", None), settings.pop("offset", None)
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-        raise InputError(f"weight of part {number} of the reward is {weight!r}; it must be a finite number")
+        raise InputError(f"weight of part {number} of {what} is {weight!r}; it must be a finite number")
     code = ""
     if "function" in settings:
-        term, code = _function_part(settings, number, load)
+        term, code = _function_part(settings, load, at)
     elif "part" in settings:
-        term = make_part(settings.pop("part"), settings, lm)
+        try:
+            term = make_part(settings.pop("part"), settings, lm)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from error
     else:
-        raise InputError(
-            f"part {number} of the reward is {dict(item)!r:.80}; give 'part: NAME' or 'function: file.py:f'"
-        )
+        raise InputError(f"part {number} of {what} is {dict(item)!r:.80}; give 'part: NAME' or 'function: file.py:f'")
     if offset is not None:
         term = term.offset(str(offset))
     if clip is not None:
-        term = term.clip(*_ends("clip", clip, number))
+        term = term.clip(*_ends("clip", clip, at))
     return float(weight), term, code
 
 
-def _function_part(settings: dict[str, Any], number: int, load: Load) -> tuple[Formula, str]:
+def _function_part(settings: dict[str, Any], load: Load, at: Place) -> tuple[Formula, str]:
+    what, number = at
     source, name, bounds = settings.pop("function"), settings.pop("name", ""), settings.pop("bounds", None)
     if settings:
         raise InputError(
-            f"part {number} of the reward is a function and has the key {next(iter(settings))!r}; it may have weight, name, bounds, "
+            f"part {number} of {what} is a function and has the key {next(iter(settings))!r}; it may have weight, name, bounds, "
             f"clip, offset"
         )
-    function, code = load(str(source), "reward")
-    known = None if bounds is None else _ends("bounds", bounds, number)
+    function, code = load(str(source), what)
+    known = None if bounds is None else _ends("bounds", bounds, at)
     return Function(function, known, name=str(name) or str(source).rpartition(":")[2]), code
 
 
-def _ends(key: str, value: Any, number: int) -> tuple[float, float]:
+def _ends(key: str, value: Any, at: Place) -> tuple[float, float]:
     numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
     if not numbers or not value[0] < value[1]:
-        raise InputError(f"{key} of part {number} of the reward is {value!r}; give [smallest, largest]")
+        raise InputError(f"{key} of part {at[1]} of {at[0]} is {value!r}; give [smallest, largest]")
     return float(value[0]), float(value[1])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from tiltlm.errors import InputError
+from tiltlm.evidence.running import Isolated
+from tiltlm.evidence.running.calls import told
 from tiltlm.labels import Candidates, Question, Session
+from tiltlm.reward_models.model import RewardModel
 from tiltlm.seeds import generator
 from tiltlm.workflow.files import write_text
 from tiltlm.workflow.inputs import LOADERS, load_function, read_prompts
@@ -55,36 +58,67 @@ def session_of(
     return Session.create(folder, Candidates.of_draws(drawn), seed=recipe.seed)
 
 
-def members_of(source: str, session: Session) -> Tensor:
-    """Members [K, B] from a user's function, `fn(prompts, completions, answers) -> list`, any of the arguments by name.
+def members_of(
+    source: str,
+    session: Session,
+    *,
+    draws: int = 64,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Members [K, B]: rewards of every completion under draws of the reward's posterior.
 
-    The function returns for each completion its rewards under K draws of the reward's posterior, or one number (K = 1);
-    `answers` are the rows answered so far, with prompt, chosen and rejected, to learn from. (prompts, completions) are lists of
-    the same length, plain strings for completions.
+    Args:
+        source: a reward model's folder, or a function `fn(prompts, completions, answers) -> list`, any of the arguments by name. It
+            returns for each completion its rewards under K draws, or one number (K = 1). `answers` are the rows answered so far,
+            with prompt, chosen and rejected, to learn from; prompts and completions are lists of the same length.
+        draws: K, of a reward model: from its last-layer posterior, or its ensemble.
+        timeout: seconds that the function may take, in a worker process that is killed after them; None calls it here.
 
     Raises:
-        InputError: if it does not.
+        InputError: if there is no such thing, or it does not do that.
     """
-    fn, _ = load_function(source, "members")
-    world = session.candidates
-    known: dict[str, Callable[[], Any]] = {
-        "prompts": lambda: [world.prompts[i] for i in world.prompt_index.tolist()],
-        "completions": lambda: list(world.completions),
-        "answers": session.rows,
-    }
+    prompts = [session.candidates.prompts[i] for i in session.candidates.prompt_index.tolist()]
+    if (Path(source) / "reward_model.json").is_file():
+        if timeout is not None:
+            raise InputError(f"members is the reward model {source!r}, which runs in this process; leave --timeout out")
+        return _drawn_members(RewardModel.load(source), prompts, session, draws, progress)
+    known = {"prompts": prompts, "completions": list(session.candidates.completions), "answers": session.rows()}
+    if timeout is None:
+        fn, _ = load_function(source, "members")
+        returned = _call(fn, source, known, fn)
+    else:
+        with Isolated(source, timeout=timeout) as worker:
+            returned = _call(worker, source, known, lambda **given: worker.once(len(prompts), **given))
+    return _as_members(returned, source, len(prompts))
+
+
+def _drawn_members(
+    model: RewardModel, prompts: Sequence[Any], session: Session, draws: int, progress: Progress | None
+) -> Tensor:
+    """Draws of a reward model's posterior; other ones after every answer."""
+    completions = session.candidates.completions
+    bar = None if progress is None else progress("features", len(completions) * len(model.trunks))
+    rng = generator(session.seed, f"labels/members/{len(session.answers)}")
+    return model.posterior().members(model.features(prompts, completions, bar), draws, rng).double()
+
+
+def _call(fn: Any, source: str, known: Mapping[str, Any], ask: Callable[..., Any]) -> Any:
+    """What a user's function returns, given of what is known what it asks for by name."""
     parameters = inspect.signature(fn).parameters.values()
-    missing = [
-        p.name for p in parameters if p.name not in known and p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    missing = [p.name for p in named if p.name not in known and p.default is p.empty]
     if missing:
         raise InputError(f"members {source!r} asks for {missing[0]!r}; it may ask for {', '.join(known)}")
-    names = (
-        known if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters if p.name in known]
-    )
+    names = known if takes_all else [p.name for p in named if p.name in known]
     try:
-        returned: Any = fn(**{name: known[name]() for name in names})
+        return ask(**{name: known[name] for name in names})
     except Exception as error:  # whatever the user's code does
-        raise InputError(f"members {source!r} raised {type(error).__name__} ({error}); mend it") from error
+        raise InputError(f"members {source!r} {told(error)}; mend it") from error
+
+
+def _as_members(returned: Any, source: str, count: int) -> Tensor:
     try:
         values = torch.as_tensor(returned, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -92,10 +126,10 @@ def members_of(source: str, session: Session) -> Tensor:
             f"members {source!r} returned {returned!r:.60}; return as many numbers for each completion"
         ) from error
     values = values[:, None] if values.ndim == 1 else values
-    if values.ndim != 2 or len(values) != len(world.completions):
+    if values.ndim != 2 or len(values) != count:
         raise InputError(
-            f"members {source!r} returned the shape {tuple(values.shape)} for {len(world.completions)} completions; return a list "
-            f"with K numbers for each completion"
+            f"members {source!r} returned the shape {tuple(values.shape)} for {count} completions; return a list with K numbers for "
+            f"each completion"
         )
     return values.T
 

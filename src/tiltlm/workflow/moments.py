@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,15 +18,24 @@ from tiltlm.protocols import Evidence, Prior
 from tiltlm.records import Draws, Scored
 from tiltlm.target import Target
 from tiltlm.workflow.files import write_json
-from tiltlm.workflow.inputs import load_function
+from tiltlm.workflow.inputs import reward_of
 from tiltlm.workflow.recipe import MomentSpec
+
+if TYPE_CHECKING:
+    from tiltlm.lm.load import LanguageModel
 
 FILE = "moments.json"
 
 
-def load_moments(specs: Sequence[MomentSpec]) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
-    """The moments with their functions, and hashes of the code behind them."""
-    found = [(spec, *load_function(spec.function, "moments")) for spec in specs]
+def load_moments(
+    specs: Sequence[MomentSpec], lm: LanguageModel | str = ""
+) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
+    """The moments with their functions or parts, and hashes of what they are made of.
+
+    Args:
+        lm: the language model of parts that need one and name none; its name will do to check the rest.
+    """
+    found = [(spec, *reward_of(spec.source, lm, what="moments")) for spec in specs]
     moments = tuple(Moment(fn, spec.mean, spec.label, spec.bounds) for spec, fn, _ in found)
     return moments, tuple(code for *_, code in found)
 

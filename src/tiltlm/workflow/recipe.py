@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tiltlm.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
+PARTS = ("reward", "gold")
+"""Keys that are a function, or a list of parts."""
 
 
 class MomentSpec(BaseModel):
@@ -21,7 +23,8 @@ class MomentSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    function: str = Field(description="the feature, file.py:function or package.module:function")
+    function: str | None = Field(None, description="the feature, file.py:function or package.module:function")
+    part: dict[str, Any] | None = Field(None, description="the feature, a named part with its settings")
     mean: float = Field(allow_inf_nan=False, description="the mean over prompts that it should have")
     name: str = Field("", description="how it is called in logs; the function's name by default")
     bounds: tuple[float, float] | None = Field(None, description="smallest and largest value of the feature")
@@ -29,7 +32,10 @@ class MomentSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """`file.py:function=0.5`, as the flag has it."""
+        """`file.py:function=0.5`, as the flag has it; or a part's name and settings beside the mean."""
+        if isinstance(value, dict) and isinstance(value.get("part"), str) and "function" not in value:
+            own = {key: value[key] for key in ("mean", "name", "bounds") if key in value}
+            return {**own, "part": {key: value[key] for key in value if key not in own}}
         if not isinstance(value, str):
             return value
         function, equals, mean = value.rpartition("=")
@@ -37,9 +43,22 @@ class MomentSpec(BaseModel):
             raise ValueError(f"moments is {value!r}; write it as file.py:function=mean")
         return {"function": function, "mean": mean}
 
+    @model_validator(mode="after")
+    def _one_feature(self) -> MomentSpec:
+        if (self.function is None) is (self.part is None):
+            raise ValueError("a moment has one feature; give it a function: file.py:function, or a part: NAME")
+        return self
+
+    @property
+    def source(self) -> str | list[dict[str, Any]]:
+        """The feature, as a reward is written."""
+        return self.function if self.function is not None else [dict(self.part or {})]
+
     @property
     def label(self) -> str:
-        return self.name or self.function.rpartition(":")[2]
+        if self.name:
+            return self.name
+        return str(self.part["part"]) if self.part is not None else str(self.function).rpartition(":")[2]
 
 
 class Recipe(BaseModel):
@@ -80,7 +99,9 @@ class Recipe(BaseModel):
     bounds: tuple[float, float] | None = Field(None, description="smallest and largest reward; makes rejection exact")
     on_error: Literal["fail", "drop"] = Field("fail", description="completions without a usable reward")
     moments: list[MomentSpec] = Field([], description="features and their means, file.py:function=mean")
-    gold: str | None = Field(None, description="held-out reward, never trained on: file.py:function")
+    gold: str | list[dict[str, Any]] | None = Field(
+        None, description="held-out reward, never trained on: file.py:function; or, in a file, parts as in reward"
+    )
 
     # how the reward is run
     reward_batch: Positive | None = Field(
@@ -158,6 +179,12 @@ class Recipe(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
     out: str = Field("runs/tilt", description="folder of the run")
+
+    @field_validator("reward", "gold", mode="before")
+    @classmethod
+    def _one_part(cls, value: Any) -> Any:
+        """One part alone is a list of it."""
+        return [value] if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _enough(self) -> Recipe:
@@ -257,8 +284,8 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _beside(file: Path, name: str, value: Any) -> Any:
-    if name == "reward" and isinstance(value, list):
-        return [_parts_beside(file, part) for part in value]
+    if name in PARTS and isinstance(value, list | dict):
+        return [_parts_beside(file, part) for part in (value if isinstance(value, list) else [value])]
     if name == "moments" and isinstance(value, list):
         return [_moment_beside(file, moment) for moment in value]
     if name in {"prompts", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
@@ -278,9 +305,7 @@ def _parts_beside(file: Path, part: Any) -> Any:
 
 
 def _moment_beside(file: Path, moment: Any) -> Any:
-    if isinstance(moment, dict) and "function" in moment:
-        return {**moment, "function": _beside(file, "reward", moment["function"])}
-    return _beside(file, "reward", moment)
+    return _parts_beside(file, moment) if isinstance(moment, dict) else _beside(file, "reward", moment)
 
 
 def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
@@ -289,8 +314,8 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
     path = [str(part) for part in fault["loc"]]
     where = ".".join(path)
-    if path[:1] == ["reward"]:  # one fault for each thing that it might have been
-        where = "reward"
+    if path and path[0] in PARTS:  # one fault for each thing that it might have been
+        where = path[0]
     source = f" in {file}" if file is not None and where not in flags else ""
     fields = Recipe.model_fields if len(path) < 2 else MomentSpec.model_fields  # the only nested keys
     if fault["type"] == "extra_forbidden":
@@ -304,9 +329,9 @@ def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any
     if fault["type"] == "value_error":
         return str(fault["msg"]).removeprefix("Value error, ").replace(" is missing;", f" is missing{source};")
     description = Recipe.model_fields[path[0]].description
-    if where == "reward":
+    if where in PARTS:
         return (
-            f"reward is {flags.get('reward', fault['input'])!r:.80}{source}; give file.py:function, or a list of parts, each "
+            f"{where} is {flags.get(where, fault['input'])!r:.80}{source}; give file.py:function, or a list of parts, each "
             f"with 'part: NAME' or 'function: file.py:f'"
         )
     return f"{where} is {fault['input']!r}{source}: {fault['msg'][0].lower()}{fault['msg'][1:]} ({description})"

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,15 @@ from torch import Generator
 
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
-from tiltlm.errors import InputError, TiltWarning
+from tiltlm.errors import InputError
 from tiltlm.evidence.moments import Moment
-from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
-from tiltlm.inference.decoding.kernels import masked_edits
-from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.inference.fit import Training, fit, refuse_earlier
-from tiltlm.inference.lagging import Lagging
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.source import Decoded, Given, Replay, Source
 from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
@@ -49,7 +43,9 @@ from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import read_policy
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.rewards import FunctionLoader
-from tiltlm.workflow.samples import resampled, side_by_side, signs_of_hacking
+from tiltlm.workflow.samples import side_by_side, signs_of_hacking
+from tiltlm.workflow.sampling import edited, resampled, twisted
+from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.starts import model_of
 from tiltlm.workflow.templates import templated
 
@@ -124,7 +120,10 @@ class Run:
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
-        _ = self.rows, self._given_rows, self._reward, self.gold, self._moments, self.engine, self._teacher
+        r = self.recipe
+        _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        if r.gold is not None:
+            reward_of(r.gold, r.model, self._load, "gold")
 
     @cached_property
     def engine(self) -> Any:
@@ -133,40 +132,30 @@ class Run:
         return make_trainer(r.engine, r.group, r.max_new_tokens, r.options)
 
     @cached_property
-    def _teacher(self) -> Any:
-        r = self.recipe
-        return None if r.teacher is None else make_engine(decoding_engines(), r.teacher, {})
-
-    def _source(self) -> Source | None:
-        """Where the completions to learn from come from; None leaves it to the engine."""
-        r = self.recipe
-        if r.replay:
-            return Replay(old=r.replay, capacity=max(1024, r.replay))
-        if r.lag:
-            return Lagging(r.lag)
-        if self._teacher is not None:
-            return Decoded(self._teacher)
-        return Given(self.given) if r.data is not None else None
-
-    @cached_property
     def gold(self) -> Reward | None:
         """The held-out reward, in its own units."""
-        gold, on_error = self.recipe.gold, self.recipe.on_error
-        if gold is None:
+        r = self.recipe
+        if r.gold is None:
             return None
-        return Reward(self._load(gold, "gold")[0], name=gold.rpartition(":")[2], on_error=on_error)
+        function = reward_of(r.gold, self.lm, self._load, "gold")[0]
+        return Reward(function, name=reward_name(r.gold), on_error=r.on_error)
 
     @cached_property
-    def _moments(self) -> tuple[tuple[Moment, ...], tuple[str, ...]]:
-        return load_moments(self.recipe.moments)
+    def _moment_codes(self) -> tuple[str, ...]:
+        """Checked, as hashes of what they are made of; parts that need the recipe's model have only its name."""
+        return load_moments(self.recipe.moments, self.recipe.model)[1]
+
+    @cached_property
+    def _moments(self) -> tuple[Moment, ...]:
+        return load_moments(self.recipe.moments, self.lm)[0]
 
     @cached_property
     def _matched(self) -> Any:
         """The evidence of the moments, in nats, at the recipe's beta."""
         r = self.recipe
         base = self.prior if r.reward is None else self._rewarded(self.chosen_beta())
-        key = self._key(r.reward, self._reward and self._reward[1], r.beta, r.moments, self._moments[1])
-        return solve_moments(base, self._moments[0], lambda: self._drawn, r.samples, r.folder, key)
+        key = self._key(r.reward, self._reward and self._reward[1], r.beta, r.moments, self._moment_codes)
+        return solve_moments(base, self._moments, lambda: self._drawn, r.samples, r.folder, key)
 
     def target(self, beta: float) -> Target:
         """The target at a temperature. Moments are matched at the recipe's own, where their weights are in nats."""
@@ -280,7 +269,7 @@ class Run:
             target,
             self.prompts if r.data is None else self.given.draws.prompts,
             self.engine,
-            source=self._source(),
+            source=source_of(r, lambda: self.given),
             lora=self.lora(),
             start=r.start,
             out=r.folder,
@@ -297,9 +286,7 @@ class Run:
     def lora(self) -> LoRA | None:
         """The adapter to train; None trains all weights."""
         r = self.recipe
-        if r.lora_r == 0:
-            return None
-        return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear")
+        return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
 
     def training_settings(self) -> Training:
         """The loop's settings."""
@@ -397,43 +384,17 @@ class Run:
         self.check()
         decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
         if twist is not None:
-            decoder = self._twisted(decoder, twist)
+            reward = None if self.recipe.reward is None else lambda: self._reward_function
+            decoder = twisted(decoder, twist, reward, lambda folder: self.prior.critic(start=folder))
         if masked_lm is not None:
-            decoder = self._with_edits(decoder, masked_lm)
-        sampler = None if proposal is None else self.sampler(proposal)
+            decoder = edited(decoder, masked_lm, self.prior)
         target = self.target(self.chosen_beta())
-        count_drawn = len(self.prompts) * draws
-        if sampler is None:
-            target = replace(target, prior=self._reporting(self.prior, "proposals", count_drawn))
-        else:
-            sampler = self._reporting(sampler, "proposals", count_drawn)
+        sampler = self._reporting(self.sampler(proposal or "prior"), "proposals", len(self.prompts) * draws)
+        if proposal is None:
+            target, sampler = replace(target, prior=sampler), None
         weighted = decoder.sample(target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed))
         rows = resampled(weighted, target.beta, count, Generator().manual_seed(self.recipe.seed + 1))
         return weighted, rows
-
-    def _twisted(self, decoder: Any, twist: str) -> Any:
-        if not _has(decoder, "twist"):
-            raise InputError(f"twist is {twist!r}, but {type(decoder).__name__} has none; use --engine smc")
-        if twist == "prefix":
-            self._warn_of_prefixes()
-        return replace(decoder, twist=prefix_evidence if twist == "prefix" else self.prior.critic(start=twist))
-
-    def _with_edits(self, decoder: Any, masked_lm: str) -> Any:
-        if not _has(decoder, "kernel"):
-            raise InputError(
-                f"masked_lm is {masked_lm!r}, but {type(decoder).__name__} edits nothing; use --engine mcmc"
-            )
-        return replace(decoder, kernel=masked_edits(masked_lm, self.prior))
-
-    def _warn_of_prefixes(self) -> None:
-        blind = [part.label for part in named_parts(self._reward_function) if not part.on_prefixes]
-        if blind:
-            warnings.warn(
-                f"{', '.join(blind)} says little of unfinished texts, and steers SMC at random (the weights still correct for it); "
-                f"use a critic as the twist",
-                TiltWarning,
-                stacklevel=2,
-            )
 
     # --- files ---
 
@@ -446,7 +407,3 @@ class Run:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
-
-
-def _has(engine: Any, setting: str) -> bool:
-    return any(field.name == setting and field.init for field in fields(engine))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Generator
 
 from tiltlm.diagnostics.certificate import Certificate
 from tiltlm.diagnostics.degeneracy import length_correlation
 from tiltlm.evidence.gold import gold_name, gold_values
 from tiltlm.protocols import Evidence
-from tiltlm.records import Prompts, Scored, Weighted, shown
+from tiltlm.records import Prompts, Scored, shown
 from tiltlm.target import Target
-from tiltlm.weights import group_count, group_logsumexp, resample
+from tiltlm.weights import group_count, group_logsumexp
 
 SHOWN = 4
 """Completions of each kind that the report shows for a prompt."""
@@ -40,17 +39,6 @@ def _shown(scored: Scored | None, prompt: int, beta: float) -> list[dict[str, An
         return []
     rows = (scored.draws.prompt_index == prompt).nonzero().flatten()[:SHOWN].tolist()
     return [{"text": scored.draws.texts[i], "reward": float(beta * scored.log_evidence[i])} for i in rows]
-
-
-def resampled(weighted: Weighted, beta: float, count: int, rng: Generator) -> list[dict[str, Any]]:
-    """`count` completions of each prompt, resampled from an engine's weights; fewer where none has weight."""
-    draws, reward = weighted.scored.draws, beta * weighted.scored.log_evidence
-    chosen = resample(weighted.log_w, draws.prompt_index, len(draws.prompts), count, rng)
-    rows = []
-    for prompt, picks in zip(draws.prompts.texts, chosen.tolist(), strict=True):
-        texts = [{"text": draws.texts[i], "reward": float(reward[i])} for i in picks if i >= 0]
-        rows.append({"prompt": prompt, "completions": texts})
-    return rows
 
 
 def signs_of_hacking(target: Target, certificate: Certificate, prior: Scored, gold: Evidence | None) -> dict[str, Any]:

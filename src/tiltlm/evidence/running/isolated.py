@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +80,20 @@ class Isolated(Layer):
             answers += _answers(part.count, reply)
         return answers
 
+    def once(self, count: int, **arguments: Any) -> list[Any]:
+        """One call with all arguments as they are, for a function that returns `count` values, or lists of them.
+
+        Raises:
+            Failure: if it raises, ends its process or takes too long.
+            Unusable: if it does not return as many.
+        """
+        reply = self._pool.run([_pickled_call(arguments, count)], stop=True)[0]
+        answers = list(_answers(count, reply))
+        failed = next((answer for answer in answers if isinstance(answer, Exception)), None)
+        if failed is not None:
+            raise failed
+        return answers
+
     def load(self) -> None:
         """Load the function in a worker.
 
@@ -150,11 +164,15 @@ def _pickled(fn: TextFunction) -> tuple[Any, ...]:
 
 
 def _message(request: Request) -> bytes:
+    return _pickled_call(request.arguments, request.count)
+
+
+def _pickled_call(arguments: Mapping[str, Any], count: int) -> bytes:
     try:
-        return pickle.dumps({"arguments": dict(request.arguments), "count": request.count})
+        return pickle.dumps({"arguments": dict(arguments), "count": count})
     except Exception as error:
         raise InputError(
-            f"the columns {', '.join(request.arguments)} cannot be sent to a worker process ({error}); let the reward ask for plain "
+            f"the columns {', '.join(arguments)} cannot be sent to a worker process ({error}); let the reward ask for plain "
             f"values only, or run it without workers"
         ) from error
 

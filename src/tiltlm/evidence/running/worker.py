@@ -116,13 +116,15 @@ async def _finish(awaitable: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can carry it; numbers of any library become floats, the rest its own description."""
+    """A value as JSON can carry it; numbers of any library become floats, lists stay, the rest is its own description."""
     if isinstance(value, BaseException):
         return {"raised": _described(value)}
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         return value[:LONGEST_TEXT]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     try:
         return float(value)
     except Exception:  # a user's class may raise anything here

@@ -58,8 +58,9 @@ def read(config: Mapping[str, Any]) -> Reading:
     if not isinstance(options, Mapping):
         raise InputError(f"options is {options!r}; it must be a mapping of option to value")
     engine = make_trainer(name, settings["group"], settings["max_new_tokens"], options)
-    moments_alone = bool(config.get("moments")) and config.get("reward") is None
-    beta, temperature = 1.0 if moments_alone else _beta(settings), settings["temperature"]  # their weights are in nats
+    moments, has_reward = config.get("moments") or (), config.get("reward") is not None
+    alone = bool(moments) and not has_reward
+    beta, temperature = 1.0 if alone else _beta(settings), settings["temperature"]  # moments' weights are in nats
     source = _source(settings)
     unsound = source is not None and SOURCES[source] not in ACCEPTED[engine.claim.data]
     if policy_gradients.knows(engine) and not unsound:
@@ -76,7 +77,7 @@ def read(config: Mapping[str, Any]) -> Reading:
         _origin(settings, engine, shown),
         settings.ignored,
         settings.suggestions(),
-        tuple(_findings(settings, name, engine, objective, beta, source)),
+        (*_moments(moments, has_reward), *_findings(settings, name, engine, objective, beta, source)),
     )
 
 
@@ -158,6 +159,31 @@ def _findings(
         c = objective.loss_kl.beta
         says = f"the deviation takes β out of the advantage: the KL is weighed by {c:g} in units of it, whatever β is"
         yield Finding("coefficient", says, TARGET, remedy="do not divide by the deviation, or put k1 into the reward")
+
+
+def _moments(moments: Any, has_reward: bool) -> Iterator[Finding]:
+    """What moments make of the target, whatever the engine: the law nearest to the one without them under which they hold."""
+    if not moments:
+        return
+    asked = ", ".join(_moment(moment) for moment in moments)
+    if has_reward:
+        says = f"p* is the law nearest to the reward's posterior with {asked}; their weights hold at this β alone"
+        formula = "p* ∝ π0·exp(r/β + Σ λᵢφᵢ), λ in nats: argmin KL(p‖π0·exp(r/β)/Z) under the moments"
+    else:
+        says = f"p* is the law nearest to π0 with {asked}; there is no reward, and no temperature"
+        formula = "p* ∝ π0·exp(Σ λᵢφᵢ), λ in nats: argmin KL(p‖π0) under the moments"
+    yield Finding("moments", says, TARGET, formula)
+
+
+def _moment(moment: Any) -> str:
+    """E feature = mean, of a moment as recipes and flags write it."""
+    if isinstance(moment, str):
+        feature, _, mean = moment.rpartition("=")
+        return f"E {feature.rpartition(':')[2]} = {mean}"
+    if not isinstance(moment, Mapping) or "mean" not in moment or not {"function", "part"} & moment.keys():
+        raise InputError(f"moments has {moment!r:.80}; give it a function or a part, and a mean")
+    label = moment.get("name") or moment.get("part") or str(moment["function"]).rpartition(":")[2]
+    return f"E {label} = {moment['mean']}"
 
 
 def _claim(name: str, claim: Claim, objective: Objective | Claimed) -> Finding:

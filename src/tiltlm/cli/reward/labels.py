@@ -1,4 +1,4 @@
-"""`tiltlm labels`: ask for the preferences that help most, and keep the answers."""
+"""`tiltlm reward ask`, `answer` and `status`: ask for the preferences that help most, and keep the answers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tiltlm.cli.bars import draw_bars
-from tiltlm.cli.options import recipe_command
+from tiltlm.cli.options import Json, recipe_command
+from tiltlm.cli.output import require_writable, say, stderr, write_result
 from tiltlm.errors import InputError
 from tiltlm.workflow.recipe import PriorRecipe, Recipe
-
-labels = typer.Typer(no_args_is_help=True, help="Ask for the preferences that help most, and keep the answers.")
-console, stderr = Console(), Console(stderr=True)
 
 Folder = Annotated[Path, typer.Argument(help="folder of the session", show_default=False)]
 
 
-@labels.command(
-    epilog="Examples: tiltlm labels ask recipe.yaml --session labels --by random · … --by bald --members reward.py:members"
-)
 @recipe_command("Prior", "Run", kind=PriorRecipe)
 def ask(
     recipe: Recipe,
@@ -31,7 +25,15 @@ def ask(
     by: Annotated[str, typer.Option(help="bald, double-thompson, margin or random")] = "random",
     members: Annotated[
         str | None,
-        typer.Option(help="file.py:function that gives K rewards a completion", show_default=False),
+        typer.Option(
+            help="the reward's posterior: a reward model's folder, or file.py:function with K rewards a completion",
+            show_default=False,
+        ),
+    ] = None,
+    member_draws: Annotated[int, typer.Option(help="draws of a reward model's posterior", min=1)] = 64,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="seconds that a function of members may take, in a worker process", show_default=False),
     ] = None,
     draws: Annotated[int, typer.Option(help="completions a prompt, for a new session")] = 4,
     policy: Annotated[
@@ -48,33 +50,31 @@ def ask(
     """Choose the pairs to ask about; they stay open until they are answered."""
     from tiltlm.labels.acquisition import acquisition
     from tiltlm.lm.load import quieten
-    from tiltlm.workflow.files import require_writable_file
     from tiltlm.workflow.labels import members_of, session_of, write_questions
 
     rule = acquisition(by)
     if rule.least_members and members is None:
-        raise InputError(f"by is {by!r}, which looks at a reward; give --members file.py:function, or ask by random")
-    if write is not None:
-        require_writable_file(write)
+        raise InputError(f"by is {by!r}, which looks at a reward; give --members, or ask by random")
+    require_writable(write)
     quieten()
     with draw_bars(stderr) as bars:
         found = session_of(session, recipe, draws=draws, policy=policy, candidates=candidates, progress=bars.bar)
-    asked = found.ask(n, rule, members_of(members, found) if members is not None else None)
+        drawn = None
+        if members is not None:
+            drawn = members_of(members, found, draws=member_draws, timeout=timeout, progress=bars.bar)
+    asked = found.ask(n, rule, drawn)
     waiting = found.open_questions
     if write is not None:
         write_questions(waiting, write)
-        console.print(f"{len(waiting)} open questions: {write}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{len(waiting)} open questions: {write}")
     else:
         for question in asked:
             _print(question)
     if len(asked) < n:
-        stderr.print(f"{len(asked)} pairs were left to ask about", highlight=False, soft_wrap=True)
-    stderr.print(
-        f"answer with: tiltlm labels answer {session} --terminal", highlight=False, markup=False, soft_wrap=True
-    )
+        say(f"{len(asked)} pairs were left to ask about", aside=True)
+    say(f"answer with: tiltlm reward answer {session} --terminal", aside=True)
 
 
-@labels.command(epilog="Examples: tiltlm labels answer labels --terminal · tiltlm labels answer labels answers.jsonl")
 def answer(
     session: Folder,
     answers: Annotated[
@@ -95,28 +95,18 @@ def answer(
         new = AnswerFile(answers).into(found) if answers is not None else answer_at_terminal(found, stderr, _read_key)
     finally:
         file = write_preferences(found)
-    console.print(
-        f"{new} new answers, {len(found.open_questions)} questions open, {len(found.rows())} preferences: {file}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"{new} new answers, {len(found.open_questions)} questions open, {len(found.rows())} preferences: {file}")
 
 
-@labels.command(epilog="Example: tiltlm labels status labels")
 def status(
     session: Folder,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="also write this to a file", show_default=False)
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Say how far a session is."""
     from tiltlm.labels import Session
-    from tiltlm.workflow.files import require_writable_file, write_json
     from tiltlm.workflow.labels import write_preferences
 
-    if json_file is not None:
-        require_writable_file(json_file)
+    require_writable(json_file)
     found = Session.open(session)
     values = found.status()
     by = ", ".join(f"{count} by {name}" for name, count in values["asked"].items()) or "none"
@@ -128,9 +118,8 @@ def status(
         )
     lines.append(f"preferences: {write_preferences(found)}")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, values)
+        say(line)
+    write_result(json_file, values)
 
 
 def _print(question: Any) -> None:
@@ -142,7 +131,7 @@ def _print(question: Any) -> None:
         (f"  1  {question.first}", ""),
         (f"  2  {question.second}", ""),
     ):
-        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        say(line, style=style)
 
 
 def _read_key() -> str:

@@ -1,19 +1,37 @@
-"""How `tiltlm rewards` shows the named parts."""
+"""`tiltlm reward list`: the named parts that rewards are built from."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+from typing import Annotated
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
+from tiltlm.cli.options import Json
+from tiltlm.cli.output import console, require_writable, write_result
 from tiltlm.errors import InputError
-from tiltlm.rewards.catalogue import described, part_kinds
+
+
+def list_parts(
+    name: Annotated[str | None, typer.Argument(help="only this part, with its page", show_default=False)] = None,
+    json_file: Json = None,
+) -> None:
+    """List the named parts of rewards with their bounds and settings."""
+    from tiltlm.rewards.catalogue import described
+
+    require_writable(json_file)
+    found = table_of_parts() if name is None else page_of_part(name)
+    console.print(found, highlight=False, soft_wrap=name is not None)
+    write_result(json_file, {"parts": described()})
 
 
 def table_of_parts() -> Table:
     """Every part: name, bounds, whether SMC may steer by it, settings."""
+    from tiltlm.rewards.catalogue import described
+
     table = Table(
         "part", "bounds", "on prefixes", "settings", caption="in a recipe: reward: [{part: NAME, weight: 1.0, …}]"
     )
@@ -29,6 +47,8 @@ def page_of_part(name: str) -> Text:
     Raises:
         InputError: for a part that is not there.
     """
+    from tiltlm.rewards.catalogue import described, part_kinds
+
     kinds = part_kinds()
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)

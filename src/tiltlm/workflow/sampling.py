@@ -1,0 +1,83 @@
+"""`tiltlm sample`: posterior samples from a decoding engine, what steers it, and the completions that come out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Generator
+
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.evidence.parts import named_parts
+from tiltlm.evidence.running.calls import TextFunction
+from tiltlm.inference.decoding.kernels import masked_edits
+from tiltlm.inference.decoding.smc import prefix_evidence
+from tiltlm.lm.view import ModelPrior
+from tiltlm.records import Weighted
+from tiltlm.weights import resample
+
+PREFIX = "prefix"
+"""The twist that judges unfinished completions by the reward itself."""
+
+
+def twisted(decoder: Any, twist: str, reward: Callable[[], TextFunction] | None, critic: Callable[[str], Any]) -> Any:
+    """A decoding engine, steered.
+
+    Args:
+        twist: "prefix", or a critic's folder.
+        reward: gives the recipe's reward; None where it has none.
+        critic: loads a critic.
+
+    Raises:
+        InputError: for an engine that is not steered, and for "prefix" without a reward.
+    """
+    if not _has(decoder, "twist"):
+        raise InputError(f"twist is {twist!r}, but {type(decoder).__name__} has none; use --engine smc")
+    if twist != PREFIX:
+        return replace(decoder, twist=critic(twist))
+    if reward is None:
+        raise InputError(
+            "twist is 'prefix', but the recipe has no reward that could judge unfinished completions; give a critic's folder, or "
+            "leave --twist out"
+        )
+    _warn_of_prefixes(reward())
+    return replace(decoder, twist=prefix_evidence)
+
+
+def edited(decoder: Any, masked_lm: str, prior: ModelPrior) -> Any:
+    """A decoding engine whose chains also edit completions in the middle, by a masked language model.
+
+    Raises:
+        InputError: for an engine that has no chains.
+    """
+    if not _has(decoder, "kernel"):
+        raise InputError(f"masked_lm is {masked_lm!r}, but {type(decoder).__name__} edits nothing; use --engine mcmc")
+    return replace(decoder, kernel=masked_edits(masked_lm, prior))
+
+
+def _has(engine: Any, setting: str) -> bool:
+    return any(field.name == setting and field.init for field in fields(engine))
+
+
+def _warn_of_prefixes(reward: TextFunction) -> None:
+    blind = [part.label for part in named_parts(reward) if not part.on_prefixes]
+    if blind:
+        warnings.warn(
+            f"{', '.join(blind)} says little of unfinished texts, and steers SMC at random (the weights still correct for it); "
+            f"use a critic as the twist",
+            TiltWarning,
+            stacklevel=2,
+        )
+
+
+def resampled(weighted: Weighted, beta: float, count: int, rng: Generator) -> list[dict[str, Any]]:
+    """`count` completions of each prompt, resampled from an engine's weights; fewer where none has weight."""
+    draws, reward = weighted.scored.draws, beta * weighted.scored.log_evidence
+    chosen = resample(weighted.log_w, draws.prompt_index, len(draws.prompts), count, rng)
+    rows = []
+    for prompt, picks in zip(draws.prompts.texts, chosen.tolist(), strict=True):
+        texts = [{"text": draws.texts[i], "reward": float(reward[i])} for i in picks if i >= 0]
+        rows.append({"prompt": prompt, "completions": texts})
+    return rows
