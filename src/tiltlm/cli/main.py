@@ -18,6 +18,7 @@ from tiltlm.cli.bars import DrawBars, draw_bars
 from tiltlm.cli.options import Json, pairs, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
 from tiltlm.cli.reward import reward
+from tiltlm.cli.task import task
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
 
@@ -42,6 +43,7 @@ at_end = ExitStack()
 """What is to be closed when the command ends, however it ends."""
 
 app.add_typer(reward, name="reward")
+app.command(epilog="Examples: tiltlm task · tiltlm task translation --quick · tiltlm task translation --table")(task)
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
 
 

@@ -79,10 +79,15 @@ FILE_ONLY = ("metrics", "quick")
 """Fields that are too much for a flag."""
 
 
-def recipe_command(*panels: str, kind: type[Recipe] = Recipe) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def recipe_command(
+    *panels: str, kind: type[Recipe] = Recipe, find: Callable[[Path | None], Path | None] = lambda file: file
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the argument RECIPE and a flag for every field of the panels; it receives the `Recipe`.
 
     Fields of other panels keep what the recipe's file says.
+
+    Args:
+        find: makes the file of what was given for RECIPE.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +98,7 @@ def recipe_command(*panels: str, kind: type[Recipe] = Recipe) -> Callable[[Calla
             flags = {name: values.pop(name) for _, name in fields}
             flags = {name: value or None if isinstance(value, list) else value for name, value in flags.items()}
             flags |= {name: pairs(name, given) for name, given in flags.items() if _is_mapping(name) and given}
-            command(recipe=read_recipe(recipe, flags, kind), **values)
+            command(recipe=read_recipe(find(recipe), flags, kind), **values)
 
         file = inspect.Parameter(
             "recipe",

@@ -271,6 +271,19 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any], kind: type[Recipe] 
         raise InputError(_sentence(error, file, given)) from error
 
 
+def quickened(recipe: Recipe) -> Recipe:
+    """The recipe with the changes that its `quick` asks for, in a folder of its own.
+
+    Raises:
+        InputError: for a change that is no key of a recipe.
+    """
+    values = {**recipe.model_dump(), "out": f"{recipe.out}-quick", **recipe.quick, "quick": {}}
+    try:
+        return type(recipe).model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"quick: {_sentence(error, None, {})}") from error
+
+
 def _yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text())
@@ -288,7 +301,9 @@ def _beside(file: Path, name: str, value: Any) -> Any:
         return [_parts_beside(file, part) for part in (value if isinstance(value, list) else [value])]
     if name == "moments" and isinstance(value, list):
         return [_moment_beside(file, moment) for moment in value]
-    if name in {"prompts", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
+    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(
+        value, str
+    ):
         path, colon, rest = value.partition(":")
         near = file.parent / path
         if near.exists() and not Path(path).is_absolute():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
 from torch import Generator
 
 from tiltlm.diagnostics.certificate import certify
@@ -57,6 +60,19 @@ class Outcome:
     log_ratios: tuple[tuple[float, ...], ...] | None = None
     kl_posterior: tuple[float, float, float] | None = None
     seconds: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """All but the texts, for JSON."""
+        bound = (
+            None if self.kl_posterior is None else dict(zip(("value", "low", "high"), self.kl_posterior, strict=True))
+        )
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "reward": self.reward,
+            "kl_posterior": bound,
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +136,11 @@ class TaskRun:
     @property
     def folder(self) -> Path:
         return self.recipe.folder
+
+    def close(self) -> None:
+        """End what the runs' rewards hold."""
+        for run in [*self._runs.values(), *([self._first] if "_first" in self.__dict__ else [])]:
+            run.close()
 
     def outcome(self, method: str, seed: int) -> Outcome:
         """One method with one seed; from its file if that is of these settings.
@@ -325,3 +346,18 @@ def task_table(task: TaskRun, methods: Sequence[str], seeds: int) -> tuple[TaskT
     ]
     prompts = task.test_prompts
     return evaluate_systems(task.name, prompts, systems, task.metrics, baseline=methods[0]), outcomes
+
+
+def certificates(outcomes: Sequence[Outcome], beta: float) -> Table:
+    """How far each law is from the posterior of the test prompts, and its reward; a line a method and seed."""
+    table = Table(
+        title=f"certificates on the test prompts, beta {beta:.3g}", title_justify="left", box=None, pad_edge=False
+    )
+    for head in ("", "seed", "E r", "KL(q||p*), nats at 95%"):
+        table.add_column(head, justify="left" if not head else "right")
+    for found in outcomes:
+        bound = found.kl_posterior
+        high = "" if bound is None else "∞" if math.isinf(bound[2]) else f"{bound[2]:.2f}"
+        shown = "–" if bound is None else f"[{bound[1]:.2f}, {high}]"
+        table.add_row(found.method, str(found.seed), f"{found.reward:.3f}", escape(shown))
+    return table
