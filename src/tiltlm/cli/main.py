@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from tiltlm.cli.augment import augment
 from tiltlm.cli.bars import DrawBars, draw_bars
+from tiltlm.cli.data import data
 from tiltlm.cli.labels import labels
 from tiltlm.cli.options import pairs, recipe_command
 from tiltlm.cli.reward_models import reward_models
@@ -47,6 +48,7 @@ at_end = ExitStack()
 
 app.add_typer(labels, name="labels")
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
+app.command(epilog="Examples: tiltlm data · tiltlm data quiz --show 3 · tiltlm data emoji-scenes --out scenes")(data)
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 

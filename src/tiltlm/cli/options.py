@@ -23,6 +23,7 @@ GROUPS = {
         "device",
         "prompts",
         "column",
+        "columns",
         "chat",
         "max_new_tokens",
         "temperature",

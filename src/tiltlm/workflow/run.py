@@ -83,7 +83,8 @@ class Run:
 
     @cached_property
     def _rows(self) -> Sequence[Any]:
-        return [] if self.recipe.prompts is None else read_prompts(self.recipe.prompts, self.recipe.column)
+        r = self.recipe
+        return [] if r.prompts is None else read_prompts(r.prompts, r.column, r.columns)
 
     @cached_property
     def given(self) -> Scored:
