@@ -27,6 +27,7 @@ GROUPS = {
         "prompts",
         "column",
         "template",
+        "columns",
         "chat",
         "max_new_tokens",
         "temperature",

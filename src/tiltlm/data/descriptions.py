@@ -11,7 +11,7 @@ from tiltlm.data.sources import AptList
 from tiltlm.data.spec import DataSet, Progress, Row, Tally
 from tiltlm.data.split import content_key, linked
 
-LICENCE = "the packages' own, mostly free licences; descriptions and their translations by the Debian project (DDTP)"
+LICENCE = "the packages' own, free licences; translations by the Debian project (DDTP)"
 PLACEHOLDER = re.compile(r"\b(transitional|dummy|virtual|empty)\b.*\bpackage\b|\btransitional\b", re.IGNORECASE)
 FEWEST, MOST = 20, 90
 """Words in a long description, for summaries."""

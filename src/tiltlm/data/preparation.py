@@ -34,8 +34,7 @@ def prepare(name: str, *, progress: Progress | None = None) -> Path:
     """
     spec, report = find_set(name), progress or no_progress
     files = _fetch(spec, report)
-    versions = {source.name: source.version() for source in spec.sources}
-    folder = cache_folder() / "data" / f"{name}-{_key(versions)}"
+    folder, versions = _place(name, spec)
     if (folder / CARD).is_file():
         return folder
     tally = Tally()
@@ -51,6 +50,24 @@ def prepare(name: str, *, progress: Progress | None = None) -> Path:
     card = _card(name, spec, splits, tally, versions)
     _write(folder, splits, card)
     return folder
+
+
+def prepared(name: str) -> Path | None:
+    """The folder of a set that is prepared already; None if it is not, and nothing is fetched.
+
+    Raises:
+        InputError: if there is no such set.
+    """
+    spec = find_set(name)
+    if any(source.find() is None for source in spec.sources):
+        return None
+    folder, _ = _place(name, spec)
+    return folder if (folder / CARD).is_file() else None
+
+
+def _place(name: str, spec: DataSet) -> tuple[Path, dict[str, str]]:
+    versions = {source.name: source.version() for source in spec.sources}
+    return cache_folder() / "data" / f"{name}-{_key(versions)}", versions
 
 
 def load(name: str, *, progress: Progress | None = None) -> DatasetDict:

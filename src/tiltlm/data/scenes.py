@@ -168,7 +168,7 @@ def _thing(phrase: str) -> Thing | None:
 
 
 def random_scene(first: str, second: str, rng: Random) -> Scene:
-    """A scene of these two objects, in either order, with counts, tints that can be seen (each with probability one half) and a relation."""
+    """A scene of these two objects, in either order, with counts, visible tints (each with probability one half) and a relation."""
     names = [first, second]
     rng.shuffle(names)
     first_thing, second_thing = (_random_thing(name, rng) for name in names)
@@ -180,8 +180,8 @@ def _random_thing(name: str, rng: Random) -> Thing:
     return Thing(name, rng.randint(1, len(COUNTS)), rng.choice(tints) if rng.random() < 0.5 else None)
 
 
-def read_glyphs(font: Path) -> dict[str, Image]:
-    """The picture of each noun, RGBA, out of a colour font's bitmaps (OpenType's table CBDT).
+def read_glyphs(font: Path) -> dict[tuple[str, str | None], Image]:
+    """The picture of each noun in each tint and in none, RGBA, out of a colour font's bitmaps (OpenType's table CBDT).
 
     Raises:
         InputError: if fonttools is not installed or the font has no such bitmaps.
@@ -199,18 +199,19 @@ def read_glyphs(font: Path) -> dict[str, Image]:
         raise InputError(f"font {str(font)!r} has no colour bitmaps (CBDT); install Debian's fonts-noto-color-emoji")
     names = opened.getBestCmap()
     bitmaps = {name: glyph for strike in opened["CBDT"].strikeData for name, glyph in strike.items()}
-    found = {}
+    found: dict[tuple[str, str | None], Image.Image] = {}
     for noun, (_, emoji) in NOUNS.items():
         name = names.get(ord(emoji))
         if name not in bitmaps:
             raise InputError(
                 f"font {str(font)!r} has no picture of {emoji} ({noun}); install Debian's fonts-noto-color-emoji"
             )
-        found[noun] = _trimmed(Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA"))
+        picture = _trimmed(Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA"))
+        found |= {(noun, colour): _tinted(picture, colour) for colour in (None, *COLOURS)}
     return found
 
 
-def draw(scene: Scene, glyphs: Mapping[str, Image], rng: Random) -> bytes:
+def draw(scene: Scene, glyphs: Mapping[tuple[str, str | None], Image], rng: Random) -> bytes:
     """A PNG of the scene, SIZE × SIZE pixels: each thing in its half, with places, sizes and a pale background by chance.
 
     Args:
@@ -230,7 +231,7 @@ def draw(scene: Scene, glyphs: Mapping[str, Image], rng: Random) -> bytes:
         along = [int(SIZE * (number + 0.5) / thing.count) for number in range(thing.count)]
         for place in along:
             side = int(cell * rng.uniform(0.8, 0.95))
-            picture = _tinted(_fitted(glyphs[thing.name], side), thing.colour)
+            picture = _fitted(glyphs[thing.name, thing.colour], side)
             shift = rng.randint(-3, 3) if thing.count > 1 else rng.randint(-12, 12)
             middle = (place + shift, start + half // 2) if upright else (start + half // 2, place + shift)
             corner = [
@@ -258,12 +259,12 @@ def _tinted(picture: Image, colour: str | None) -> Image:
     """The picture's light and dark in one colour, so that a tint shows whatever the object's own colours are."""
     if colour is None:
         return picture
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     red, green, blue = COLOURS[colour]
     dark = (red // 3, green // 3, blue // 3)
     light = tuple((255 + 2 * channel) // 3 for channel in (red, green, blue))
     grey = ImageOps.autocontrast(picture.convert("L"))
-    tint = ImageOps.colorize(grey, black=dark, white=light, mid=(red, green, blue))
+    tint = ImageOps.colorize(grey, black=dark, white=light, mid=(red, green, blue)).convert("RGBA")
     tint.putalpha(picture.getchannel("A"))
-    return tint if tint.mode == "RGBA" else Image.merge("RGBA", [*tint.split(), picture.getchannel("A")])
+    return tint

@@ -134,7 +134,7 @@ class Debian:
             said = subprocess.run(command, capture_output=True, text=True, check=False)
             return said.stdout.strip() or "unknown"
         file = self._unpacked / "version"
-        return file.read_text() if file.is_file() else "unknown"
+        return file.read_text().strip() if file.is_file() else "unknown"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class AptList:
 
     @property
     def how(self) -> str:
-        return "tiltlm data fetches it with apt-get update, on Debian or Ubuntu"
+        return "needs Debian or Ubuntu"
 
     @property
     def _file(self) -> Path:

@@ -6,13 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tiltlm.data.reading import IMAGE, LOADERS, address, read, read_lines, table
 from tiltlm.errors import InputError
 from tiltlm.evidence.composition import Formula, Linear
 from tiltlm.evidence.function import TextFunction
@@ -25,44 +25,28 @@ if TYPE_CHECKING:
 Load = Callable[[str, str], tuple[TextFunction, str]]
 """(source, recipe's key) -> the function, and a hash of its code."""
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
+def read_prompts(source: str, column: str, columns: Mapping[str, str] | None = None) -> Sequence[Any]:
+    """Prompts by their source: the lines of a .txt, or the rows of a table with `column`; see `tiltlm.data.reading`.
 
-def read_prompts(source: str, column: str, image: str | None = None) -> Sequence[Any]:
-    """Prompts from a file: the lines of a .txt, or the rows of a table with `column`, or with images in the column `image`.
-
-    Paths of images are relative to the file if they exist there, else to the working folder.
+    Args:
+        columns: our name of a column → the source's.
 
     Raises:
-        InputError: if the file is missing, empty, of an unknown kind, or has neither column.
+        InputError: if the source is missing, empty, of an unknown kind, or has no such column.
     """
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(
-            f"prompts {source!r}: there is no such file; give a .txt, .jsonl, .json, .csv or .parquet file"
-        )
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text().splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"prompts {source!r} is not UTF-8 text ({error.reason}); convert it") from error
-        if not any(line.strip() for line in lines):
-            raise InputError(f"prompts {source!r} is empty; write one prompt a line")
-        while lines and not lines[-1].strip():
-            lines.pop()
+    at = address(source)
+    if at.kind == "file" and at.place.endswith(".txt") and not columns:
+        lines = read_lines(Path(at.place))[at.rows]
+        if not lines:
+            raise InputError(f"prompts {source!r} has no rows; give at least one prompt")
         return lines
-    if path.suffix not in LOADERS:
-        raise InputError(
-            f"prompts {source!r} is a {path.suffix or 'nameless'} file; use {', '.join(['.txt', *LOADERS])}"
-        )
-    rows = _table(path)
-    if column not in rows.column_names and image not in rows.column_names:
+    rows = read(source, columns, need=(), what="prompts")
+    if column not in rows.column_names and IMAGE not in rows.column_names:
         raise InputError(
             f"column is {column!r}, but {source} has the columns {', '.join(rows.column_names)}; name the one with the prompts"
         )
-    if not len(rows):
-        raise InputError(f"prompts {source!r} has no rows; give at least one prompt")
-    return _with_images_beside(path, list(rows), image)
+    return list(rows)
 
 
 def read_completions(source: str, image: str | None = None) -> Sequence[Any]:
@@ -74,7 +58,7 @@ def read_completions(source: str, image: str | None = None) -> Sequence[Any]:
     path = Path(source)
     if not path.is_file() or path.suffix not in LOADERS:
         raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
-    rows = _table(path)
+    rows = table(path)
     columns = set(rows.column_names)
     if not (columns & {"completion", "messages"} or {"chosen", "rejected"} <= columns):
         raise InputError(
@@ -82,18 +66,6 @@ def read_completions(source: str, image: str | None = None) -> Sequence[Any]:
             f"completion, or messages"
         )
     return _with_images_beside(path, list(rows), image)
-
-
-def _with_images_beside(file: Path, rows: list[Any], image: str | None) -> list[Any]:
-    """The rows with paths of images made relative to the file that names them, where there is such an image."""
-
-    def beside(value: Any) -> Any:
-        if isinstance(value, list):
-            return [beside(item) for item in value]
-        near = file.parent / value if isinstance(value, str) else None
-        return str(near) if near is not None and near.is_file() else value
-
-    return [{**row, image: beside(row[image])} if image in row else row for row in rows]
 
 
 def read_rows(source: str) -> Sequence[Any]:
@@ -105,25 +77,7 @@ def read_rows(source: str) -> Sequence[Any]:
     path = Path(source)
     if not path.is_file() or path.suffix not in LOADERS:
         raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
-    return list(_table(path))
-
-
-def _table(path: Path) -> Any:
-    import datasets
-
-    if not path.stat().st_size:
-        raise InputError(f"prompts {str(path)!r} is empty; give at least one prompt")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is said below, once
-    try:
-        return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps parser errors in many types
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:
-            raise InputError(f"prompts {str(path)!r} has no rows; give at least one prompt") from error
-        raise InputError(
-            f"prompts {str(path)!r} cannot be read as {path.suffix[1:]} ({reason[:200]}); mend it"
-        ) from error
+    return list(table(path))
 
 
 def reward_of(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tiltlm.data.reading import address
 from tiltlm.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -71,12 +72,15 @@ class Recipe(BaseModel):
     prior_adapter: str | None = Field(None, description="PEFT adapter that belongs to the prior, frozen")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16")
     device: str = Field("auto", description="auto, cpu, cuda, …")
-    prompts: str | None = Field(None, description="prompts: .txt (one a line), .jsonl, .json, .csv or .parquet")
+    prompts: str | None = Field(
+        None,
+        description="prompts: .txt (one a line), .jsonl, .json, .csv, .parquet, data:NAME or hub:OWNER/NAME; [a:b] takes some rows",
+    )
     column: str = Field("prompt", description="column that holds the prompt")
     template: str | None = Field(
         None, description="Jinja2 template of the columns that makes the prompt, such as 'Q: {{ prompt }}\\nA:'"
     )
-    image: str = Field("image", description="column that holds its image, for models that read images")
+    columns: dict[str, str] = Field({}, description="our name of a column and the source's, as ours=theirs")
     chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
     max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the prior's (and the policy's) sampling")
@@ -301,14 +305,21 @@ def _beside(file: Path, name: str, value: Any) -> Any:
         return [_parts_beside(file, part) for part in (value if isinstance(value, list) else [value])]
     if name == "moments" and isinstance(value, list):
         return [_moment_beside(file, moment) for moment in value]
-    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(
-        value, str
-    ):
+    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
+        if name in ("prompts", "test"):
+            return _source_beside(file, value)
         path, colon, rest = value.partition(":")
         near = file.parent / path
         if near.exists() and not Path(path).is_absolute():
             return f"{near}{colon}{rest}"
     return value
+
+
+def _source_beside(file: Path, source: str) -> str:
+    """Prompts beside the recipe; sets, hub ids and what is not there stay as they are."""
+    at = address(source)
+    near = file.parent / at.place
+    return f"{near}{source.removeprefix(at.place)}" if at.kind != "data" and near.is_file() else source
 
 
 def _parts_beside(file: Path, part: Any) -> Any:

@@ -74,7 +74,6 @@ class Run:
             stop=tuple(r.stop),
             chat=r.chat,
             column=r.column,
-            image=r.image,
             adapter=r.prior_adapter,
         )
 
@@ -86,7 +85,7 @@ class Run:
     def rows(self) -> Sequence[Any]:
         """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
-        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.image), r.template, r.column)
+        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.columns), r.template, r.column)
 
     @cached_property
     def given(self) -> Scored:
@@ -96,7 +95,7 @@ class Run:
 
     @cached_property
     def _given_rows(self) -> Sequence[Any]:
-        return [] if self.recipe.data is None else read_completions(self.recipe.data, self.recipe.image)
+        return [] if self.recipe.data is None else read_completions(self.recipe.data)
 
     @cached_property
     def _load(self) -> FunctionLoader:

@@ -108,7 +108,7 @@ class TaskRun:
             raise InputError(
                 "test is missing; write the held-out prompts with their references into the recipe, 'test: FILE'"
             )
-        return [dict(row) for row in templated(read_prompts(r.test, r.column, r.image), r.template, r.column)]
+        return [dict(row) for row in templated(read_prompts(r.test, r.column, r.columns), r.template, r.column)]
 
     @cached_property
     def test_prompts(self) -> Prompts:
