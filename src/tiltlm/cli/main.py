@@ -19,6 +19,7 @@ from tiltlm.cli.bars import DrawBars, draw_bars
 from tiltlm.cli.labels import labels
 from tiltlm.cli.options import pairs, recipe_command
 from tiltlm.cli.reward_models import reward_models
+from tiltlm.cli.start import start
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
 
@@ -47,6 +48,7 @@ at_end = ExitStack()
 
 app.add_typer(labels, name="labels")
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
+app.command(epilog="Examples: tiltlm start translation · tiltlm start captions --seconds 60 --out runs/captioner")(start)
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 

@@ -30,6 +30,7 @@ from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
 from tiltlm.lm.backbone import Backbone
+from tiltlm.lm.scratch import efficientnet_lite  # noqa: F401  folders with this encoder load
 from tiltlm.lm.view import Body, ModelPrior
 from tiltlm.protocols import Law
 

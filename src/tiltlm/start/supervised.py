@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError, TiltWarning
-from tiltlm.lm.load import cache_folder
 from tiltlm.lm.scratch.architecture import Size, make_captioner, make_translator
 from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientnet_lite
-from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, token_loss
+from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
 from tiltlm.start.tasks import Rows, Task, columns_of, find_task
@@ -210,7 +210,11 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
             raise InputError(
                 f"every row is longer than {task.longest_source} tokens of source or {task.longest_target} of target; give shorter ones"
             )
-        states = [read[k] for k in kept] if read is not None else image_states(encoder, processor, [some[k] for k in kept], bar)
+        states = (
+            [read[k] for k in kept]
+            if read is not None
+            else image_states(encoder, processor, [some[k] for k in kept], bar)
+        )
         parts.append((kept, Pairs(states, [targets[k] for k in kept], tokenizer.pad_token_id)))
     (_, learn), (kept, judge) = parts
     if too_long:
@@ -242,7 +246,9 @@ def _appear(folder: Path, write: Callable[[Path], Any]) -> None:
         os.rename(unfinished, folder)  # over an empty folder, too
     except OSError as error:
         if not (folder / FACTS).is_file():  # else another process was faster
-            raise InputError(f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE") from error
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE"
+            ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -260,7 +266,9 @@ def _changed(task: Task, quick: bool, changes: Mapping[str, Any]) -> Task:
     size = {field.name for field in fields(Size)}
     wrong = next((name for name in changes if name not in schedule | size | {"vocabulary"}), None)
     if wrong is not None:
-        raise InputError(f"setting {wrong!r} is none of a start's; it has {', '.join(sorted(schedule | size))}, vocabulary")
+        raise InputError(
+            f"setting {wrong!r} is none of a start's; it has {', '.join(sorted(schedule | size))}, vocabulary"
+        )
     vocabulary = changes.get("vocabulary", task.vocabulary)
     if vocabulary < 300:
         raise InputError(f"vocabulary is {vocabulary}; it must be at least 300, for every byte is in it")
@@ -289,21 +297,17 @@ def _key(task: Task, data: Any) -> str:
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for sources, references in data:
         for source, reference in zip(sources, references, strict=True):
-            digest.update(_content(source) + b"\0" + reference.encode() + b"\0")
+            digest.update(_content(source, task.reads == "image") + b"\0" + reference.encode() + b"\0")
         digest.update(b"\1")
     return digest.hexdigest()[:12]
 
 
-def _content(source: Any) -> bytes:
+def _content(source: Any, image: bool) -> bytes:
     """A source's content: a text, a picture's bytes or those of its file, or its pixels."""
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, bytes):
-        return source
-    if hasattr(source, "tobytes"):
-        return source.tobytes()
-    path = Path(str(source)) if len(str(source)) < 4096 and "\n" not in str(source) else None
-    return path.read_bytes() if path is not None and path.is_file() else str(source).encode()
+    if image:
+        picture = read_image(source, 0) if not isinstance(source, bytes) else source
+        return picture if isinstance(picture, bytes) else picture.tobytes()
+    return source.encode()
 
 
 def _in_percent(bar: Callable[[int], None]) -> Callable[[float], None]:
