@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from tiltlm.reward_models.model import RewardModel
     from tiltlm.reward_models.train import train_reward_model
     from tiltlm.reward_models.tune import Tuning
+    from tiltlm.start.supervised import train_start
     from tiltlm.target import Target
 
 _HOME = {
@@ -201,6 +202,7 @@ _HOME = {
     "reward_law": "evidence.reward_law",
     "safely": "evidence.running",
     "train_reward_model": "reward_models.train",
+    "train_start": "start.supervised",
 }
 
 __all__ = [
@@ -313,6 +315,7 @@ __all__ = [
     "rewards",
     "safely",
     "train_reward_model",
+    "train_start",
 ]
 
 

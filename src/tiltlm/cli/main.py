@@ -19,6 +19,7 @@ from tiltlm.cli.data import data
 from tiltlm.cli.options import Json, pairs, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
 from tiltlm.cli.reward import reward
+from tiltlm.cli.start import start
 from tiltlm.cli.task import task
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
@@ -47,6 +48,9 @@ app.add_typer(reward, name="reward")
 app.command(epilog="Examples: tiltlm task · tiltlm task translation --quick · tiltlm task translation --table")(task)
 app.command(epilog="Example: tiltlm augment pairs.jsonl more.jsonl --with swap,delete,length --n 2")(augment)
 app.command(epilog="Examples: tiltlm data · tiltlm data quiz --show 3 · tiltlm data emoji-scenes --out scenes")(data)
+app.command(epilog="Examples: tiltlm start translation · tiltlm start captions --seconds 60 --out runs/captioner")(
+    start
+)
 
 
 @app.command(epilog="Examples: tiltlm plan recipes/film.yaml · tiltlm plan recipes/film.yaml --beta 0.1 --samples 256")

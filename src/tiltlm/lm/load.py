@@ -32,6 +32,7 @@ from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
 from tiltlm.lm.kinds import backbone_of, class_of, processor_of
+from tiltlm.lm.scratch import efficientnet_lite  # noqa: F401  folders with this encoder load
 from tiltlm.lm.view import Body, ModelPrior
 from tiltlm.protocols import Law
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError, TiltWarning
-from tiltlm.lm.load import cache_folder
 from tiltlm.lm.scratch.architecture import Size, make_captioner, make_translator
 from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientnet_lite
-from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, token_loss
+from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
 from tiltlm.start.tasks import Rows, Task, columns_of, find_task
@@ -297,21 +297,17 @@ def _key(task: Task, data: Any) -> str:
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for sources, references in data:
         for source, reference in zip(sources, references, strict=True):
-            digest.update(_content(source) + b"\0" + reference.encode() + b"\0")
+            digest.update(_content(source, task.reads == "image") + b"\0" + reference.encode() + b"\0")
         digest.update(b"\1")
     return digest.hexdigest()[:12]
 
 
-def _content(source: Any) -> bytes:
+def _content(source: Any, image: bool) -> bytes:
     """A source's content: a text, a picture's bytes or those of its file, or its pixels."""
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, bytes):
-        return source
-    if hasattr(source, "tobytes"):
-        return source.tobytes()
-    path = Path(str(source)) if len(str(source)) < 4096 and "\n" not in str(source) else None
-    return path.read_bytes() if path is not None and path.is_file() else str(source).encode()
+    if image:
+        picture = read_image(source, 0) if not isinstance(source, bytes) else source
+        return picture if isinstance(picture, bytes) else picture.tobytes()
+    return source.encode()
 
 
 def _in_percent(bar: Callable[[int], None]) -> Callable[[float], None]:

@@ -51,9 +51,9 @@ class Task:
 
 
 def _translation(texts: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[str, float]:
-    parts = (BLEU(), CHRF())
+    parts = (BLEU(column="reference"), CHRF(column="reference"))
     found = {name: value for part in parts for name, value in part.corpus(texts, reference=references).items()}
-    copied = CHRF().corpus(sources, reference=references)
+    copied = CHRF(column="reference").corpus(sources, reference=references)
     return {**found, **{f"{name} of the source itself": value for name, value in copied.items()}}
 
 
@@ -63,13 +63,16 @@ def _summary(texts: Sequence[str], references: Sequence[str], sources: Sequence[
 
 
 def _rouge(texts: Sequence[str], references: Sequence[str]) -> float:
-    scores = RougeL().score(texts, reference=references)
+    scores = RougeL(column="reference").score(texts, reference=references)
     return sum(scores) / len(scores)
 
 
 def _captions(texts: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[str, float]:
     same = [" ".join(text.split()) == " ".join(truth.split()) for text, truth in zip(texts, references, strict=True)]
-    return {"exact match": sum(same) / len(same), "chrf": CHRF().corpus(texts, reference=references)["chrf"]}
+    return {
+        "exact match": sum(same) / len(same),
+        "chrf": CHRF(column="reference").corpus(texts, reference=references)["chrf"],
+    }
 
 
 TRANSLATION = Task(

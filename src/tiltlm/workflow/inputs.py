@@ -49,23 +49,20 @@ def read_prompts(source: str, column: str, columns: Mapping[str, str] | None = N
     return list(rows)
 
 
-def read_completions(source: str, image: str | None = None) -> Sequence[Any]:
-    """Rows of completions or preferences, with TRL's columns; paths of images in the column `image` as for `read_prompts`.
+def read_completions(source: str, columns: Mapping[str, str] | None = None) -> Sequence[Any]:
+    """Rows of completions or preferences, with TRL's columns; sources and `columns` as for `read_prompts`.
 
     Raises:
-        InputError: if the file is missing, empty, of an unknown kind, or has neither kind of columns.
+        InputError: if the source is missing, empty, of an unknown kind, or has neither kind of columns.
     """
-    path = Path(source)
-    if not path.is_file() or path.suffix not in LOADERS:
-        raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
-    rows = table(path)
-    columns = set(rows.column_names)
-    if not (columns & {"completion", "messages"} or {"chosen", "rejected"} <= columns):
+    rows = read(source, columns, need=(), what="data")
+    names = set(rows.column_names)
+    if not (names & {"completion", "messages"} or {"chosen", "rejected"} <= names):
         raise InputError(
             f"data {source!r} has the columns {', '.join(rows.column_names)}; it needs prompt, chosen and rejected, or prompt and "
             f"completion, or messages"
         )
-    return _with_images_beside(path, list(rows), image)
+    return list(rows)
 
 
 def read_rows(source: str) -> Sequence[Any]:

@@ -305,7 +305,9 @@ def _beside(file: Path, name: str, value: Any) -> Any:
         return [_parts_beside(file, part) for part in (value if isinstance(value, list) else [value])]
     if name == "moments" and isinstance(value, list):
         return [_moment_beside(file, moment) for moment in value]
-    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(value, str):
+    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(
+        value, str
+    ):
         if name in ("prompts", "test"):
             return _source_beside(file, value)
         path, colon, rest = value.partition(":")

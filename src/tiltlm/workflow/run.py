@@ -85,7 +85,9 @@ class Run:
     def rows(self) -> Sequence[Any]:
         """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
-        return [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.columns), r.template, r.column)
+        return (
+            [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.columns), r.template, r.column)
+        )
 
     @cached_property
     def given(self) -> Scored:
@@ -95,7 +97,7 @@ class Run:
 
     @cached_property
     def _given_rows(self) -> Sequence[Any]:
-        return [] if self.recipe.data is None else read_completions(self.recipe.data)
+        return [] if self.recipe.data is None else read_completions(self.recipe.data, self.recipe.columns)
 
     @cached_property
     def _load(self) -> FunctionLoader:
