@@ -171,7 +171,13 @@ def _of_some(metric: Any, texts: list[str], read: Columns) -> Callable[[Int[Tens
     if hasattr(metric, "summable"):
         counts, meaning = metric.summable(texts, **read)
         return lambda some: meaning(counts[some].sum(0))
-    return lambda some: metric.corpus([texts[i] for i in some], **{k: [v[i] for i in some] for k, v in read.items()})
+
+    def corpus(some: Int[Tensor, " P"]) -> Mapping[str, float]:
+        rows = some.tolist()
+        columns = {name: [values[i] for i in rows] for name, values in read.items()}
+        return metric.corpus([texts[i] for i in rows], **columns)
+
+    return corpus
 
 
 def _means(runs: Sequence[Sequence[Sequence[float]]]) -> Float[Tensor, "S P"]:

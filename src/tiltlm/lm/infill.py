@@ -152,9 +152,8 @@ class Infilling:
 def infiller(model: str | Path | MaskedLM, prior: View) -> Infilling:
     """A masked language model that fills gaps in completions of `prior`; `model` is loaded if it is not yet."""
     masked = model if isinstance(model, MaskedLM) else load_masked_lm(model)
-    size = prior.body.model.get_input_embeddings()
-    width = prior.body.model.config.get_text_config().vocab_size if size is None else size.num_embeddings
-    return Infilling(masked, prior.body.tokenizer, prior.body.eos, int(width))
+    size = prior.body.model.config.get_text_config().vocab_size
+    return Infilling(masked, prior.body.tokenizer, prior.body.eos, size)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase) -> dict[int, Piece]:
