@@ -344,6 +344,24 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, adaptation):
         RewardModel.load(tmp_path / "rm", trunk())
 
 
+def test_members_are_adapters_that_peft_loads(tmp_path):
+    from peft import PeftModel
+
+    rows = comparisons()
+    train_reward_model(rows, trunk(), adaptation=tl.LoRA(r=2), members=2, tuning=QUICK, folder=tmp_path / "rm")
+    again = RewardModel.load(tmp_path / "rm", trunk())
+    answers = [("the film ", "good"), ("the film ", "bad")]
+    for number, member in enumerate(again.trunks):
+        ids = member.tokens(member.texts(answers))
+        body = PeftModel.from_pretrained(make_model("llama").model, tmp_path / "rm" / f"adapter-{number}")
+        states = [body(input_ids=torch.tensor([some])).last_hidden_state[0, -1] for some in ids]
+        assert_close(member.features(answers), torch.stack(states).detach(), rtol=0, atol=1e-5)
+        assert not torch.allclose(member.features(answers), trunk().features(answers), atol=1e-4)
+    (tmp_path / "rm/adapter-1/adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="lacks an adapter"):
+        RewardModel.load(tmp_path / "rm", trunk())
+
+
 class Killed(Exception):
     pass
 

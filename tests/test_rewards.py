@@ -301,7 +301,13 @@ class TestLikelihoods:
                 total += float(model(masked).logits[0, t].double().log_softmax(-1)[ids[t]])
             expected.append(total)
         assert_close(rewards.PseudoLogLikelihood(mlm, normalise=False)(SAID), expected, rtol=1e-4, atol=1e-4)
-        assert rewards.PseudoLogLikelihood(mlm)([""]) == [0.0]
+        for normalise in (True, False):  # silence is worth a blind guess, and neither the best nor impossible
+            (said, *silent) = rewards.PseudoLogLikelihood(mlm, normalise=normalise)([SAID[0], ""])
+            assert silent == [pytest.approx(-math.log(model.config.vocab_size))]
+            assert said < 0
+        assert rewards.PseudoLogLikelihood(mlm, empty=-3.0)([""]) == [-3.0]
+        with pytest.raises(tl.InputError, match="empty is 1"):
+            rewards.PseudoLogLikelihood(mlm, empty=1)
 
 
 class TestModels:

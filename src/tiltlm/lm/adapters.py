@@ -20,6 +20,9 @@ from transformers import EncoderDecoderModel, PreTrainedModel, VisionEncoderDeco
 
 from tiltlm.errors import InputError
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT's files put before the names of the model's weights."""
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -160,12 +163,17 @@ class AdapterSwitch:
             if f".{name}." in key and "lora_" in key
         }
 
-    def save(self, name: str, folder: Path) -> None:
-        """Write the adapter in PEFT's format, at the folder's top."""
+    def save(self, name: str, folder: Path, task: str | None = None) -> None:
+        """Write the adapter in PEFT's format, at the folder's top.
+
+        Args:
+            task: PEFT's task type, where the model is another than the adapter's configuration says.
+        """
         assert self.peft is not None
         config: PeftConfig = copy.deepcopy(self.peft.peft_config[name])
         config.inference_mode = True
-        state = {f"base_model.model.{key}": value.detach().contiguous() for key, value in self.parameters(name).items()}
+        config.task_type = task or config.task_type
+        state = {f"{PEFT_PREFIX}{key}": value.detach().contiguous() for key, value in self.parameters(name).items()}
         folder.mkdir(parents=True, exist_ok=True)
         from safetensors.torch import save_file
 

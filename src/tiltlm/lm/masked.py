@@ -33,6 +33,11 @@ class MaskedLM:
     longest: int | None = None
     rows: int = ROWS
 
+    @property
+    def vocabulary(self) -> int:
+        """V, how many tokens the model chooses from."""
+        return int(self.model.config.get_text_config().vocab_size)
+
     def pseudo_log_likelihood(self, texts: Sequence[str]) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
         """Σ_t log P(x_t | x without x_t) of each text, and its number of tokens (Salazar et al. 2020, eq. 1).
 

@@ -18,11 +18,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiltlm.errors import InputError, TiltWarning
-from tiltlm.lm.adapters import AdapterSwitch, LoRA
+from tiltlm.lm.adapters import PEFT_PREFIX, AdapterSwitch, LoRA
 from tiltlm.lm.batching import padded
 from tiltlm.lm.layers import TopLayers, layers_of, top_parameters
 from tiltlm.lm.pooled import PooledModel, load_pooled
@@ -173,6 +174,17 @@ class Trunk:
                 f"the saved weights do not fit {adaptation} on {self.name}; load them on the model they were trained on"
             )
         return Trunk(self.base, dict(weights))
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write a LoRA's weights in PEFT's format, for the model without its head: `AutoModel` and `PeftModel` load them."""
+        self.base.put(self.weights)
+        self.base.switch.save(self.base.switch.names[-1], folder, task="FEATURE_EXTRACTION")
+
+    @staticmethod
+    def read_adapter(folder: Path) -> dict[str, Tensor]:
+        """The weights that `save_adapter` wrote, for `with_weights`."""
+        saved = load_file(folder / "adapter_model.safetensors")
+        return {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The adaptation's live weights, set to this trunk's."""

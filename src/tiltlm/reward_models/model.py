@@ -22,7 +22,7 @@ from tiltlm.reward_models.data import Kind, answers_of
 from tiltlm.reward_models.posterior import Ensemble, LinearPosterior, RewardPosterior, SoftmaxPosterior, Standardiser
 from tiltlm.seeds import generator
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,16 @@ class RewardModel:
     def save(self, folder: str | Path) -> Path:
         """Write everything but the base model, which is loaded by its name.
 
+        Members' LoRAs are PEFT adapters, in `adapter-0`, `adapter-1`, …; heads with their posteriors, and layers that were trained
+        (for which PEFT has no format), are in `reward_model.safetensors`.
+
         Raises:
             InputError: if the folder cannot be written.
         """
         folder = Path(folder)
-        tensors = {f"trunk.{i}.{n}": v for i, t in enumerate(self.trunks) for n, v in (t.weights or {}).items()}
+        lora = isinstance(self.adaptation, LoRA)
+        layers = [] if lora else [(i, *item) for i, t in enumerate(self.trunks) for item in (t.weights or {}).items()]
+        tensors = {f"trunk.{i}.{name}": value for i, name, value in layers}
         for name, head in self.heads.items():
             for i, part in enumerate(head.parts):
                 tensors |= {f"head.{name}.{i}.{key}": value for key, value in _tensors(part).items()}
@@ -171,6 +176,8 @@ class RewardModel:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "reward_model.json").unlink(missing_ok=True)
+            for i, trunk in enumerate(self.trunks if lora else ()):
+                trunk.save_adapter(_adapter(folder, i))
             save_file(
                 {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
                 folder / "reward_model.safetensors",
@@ -219,8 +226,7 @@ class RewardModel:
         )
         trunks = [base]
         if adaptation is not None:
-            weights = [_under(tensors, f"trunk.{i}.") for i in range(values["trunks"])]
-            trunks = [base.with_weights(adaptation, some) for some in weights]
+            trunks = [base.with_weights(adaptation, some) for some in _weights(folder, adaptation, tensors, values)]
         if base.fingerprint() != settings["fingerprint"]:
             raise InputError(
                 f"the reward model in {folder} was trained on another {settings['model']!r}: the base's weights differ; load it "
@@ -254,6 +260,29 @@ class _Member:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         return self.drawn.rewards(prompts, completions)[self.number].tolist()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Everything that makes a saved reward model what it is, but its base."""
+    adapters = sorted(folder.glob("adapter-*/adapter_model.safetensors"))
+    return [folder / "reward_model.json", folder / "reward_model.safetensors", *adapters]
+
+
+def _adapter(folder: Path, member: int) -> Path:
+    return folder / f"adapter-{member}"
+
+
+def _weights(
+    folder: Path, adaptation: Adaptation, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> list[dict[str, Tensor]]:
+    """Each trunk's weights."""
+    members = range(values["trunks"])
+    if not isinstance(adaptation, LoRA):
+        return [_under(tensors, f"trunk.{i}.") for i in members]
+    try:
+        return [Trunk.read_adapter(_adapter(folder, i)) for i in members]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder} lacks an adapter ({error}); train the reward model anew") from error
 
 
 def _tensors(part: LinearPosterior | SoftmaxPosterior) -> dict[str, Tensor]:

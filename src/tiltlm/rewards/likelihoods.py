@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,8 +80,9 @@ class Fluency(Part):
 class AnswerLikelihood(AgainstReference):
     r"""The log-probability of a reference answer after prompt and completion, in nats: does the completion lead to the answer?
 
-    A verifier without rules, for reasoning (cf. VeriFree, Zhou et al. 2025; JEPO, Tang et al. 2025). The answer stands in
-    the same turn as the completion. Of several references the likeliest counts.
+    A verifier without rules, for reasoning: VeriFree (Zhou et al. 2025, arXiv:2505.21493) rewards the answer's probability, JEPO
+    (Tang et al. 2025, arXiv:2503.19618) bounds its logarithm. The answer stands in the same turn as the completion. Of several
+    references the likeliest counts.
 
     Attributes:
         lm: a language model, or what `tiltlm.load` loads; in recipes, the recipe's model if none is named.
@@ -129,17 +131,25 @@ class AnswerLikelihood(AgainstReference):
 class PseudoLogLikelihood(Part):
     """How well each token of the completion fits its place: Σ log P(x_t | all others) by a masked LM (Salazar et al. 2020), in nats.
 
-    It costs a pass for every token. An empty completion has 0, which is also the most there is: give it company, such as a
-    `Length`.
+    It costs a pass for every token. The sum over no tokens would be 0, the most there is, and silence the best of texts. A
+    completion without tokens has the value `empty` instead.
 
     Attributes:
         mlm: a masked language model, or what `load_masked_lm` loads.
         normalise: divide by the number of tokens.
+        empty: of a completion without tokens, in nats; None for that of one token drawn blindly from the vocabulary, -log V.
     """
 
     extent: ClassVar[Bounds] = (-float("inf"), 0.0)
     mlm: MaskedLM | str
     normalise: bool = True
+    empty: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.empty is not None and not -math.inf < self.empty <= 0:
+            raise InputError(
+                f"empty is {self.empty}; it is a log-probability, give a finite number up to 0, or leave it out"
+            )
 
     @cached_property
     def _mlm(self) -> MaskedLM:
@@ -147,7 +157,9 @@ class PseudoLogLikelihood(Part):
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         totals, counts = self._mlm.pseudo_log_likelihood(texts)
-        return (totals / counts.clamp(min=1) if self.normalise else totals).clamp(max=0.0).tolist()
+        values = (totals / counts.clamp(min=1) if self.normalise else totals).clamp(max=0.0)
+        silence = -math.log(self._mlm.vocabulary) if self.empty is None else self.empty
+        return values.masked_fill(counts == 0, silence).tolist()
 
 
 def _judge(lm: LanguageModel | str) -> LanguageModel:

@@ -207,10 +207,9 @@ def hash_of(code: bytes) -> str:
 
 
 def _learned(folder: Path) -> tuple[TextFunction, str]:
-    from tiltlm.reward_models.model import RewardModel
+    from tiltlm.reward_models.model import RewardModel, files_of
 
-    code = (folder / "reward_model.json").read_bytes() + (folder / "reward_model.safetensors").read_bytes()
-    return RewardModel.load(folder), hash_of(code)
+    return RewardModel.load(folder), hash_of(b"".join(file.read_bytes() for file in files_of(folder)))
 
 
 def _from_file(path: Path, what: str) -> tuple[Any, bytes]:

@@ -27,9 +27,11 @@ class Failure(Exception):
 
     Attributes:
         names: of the exception's classes, its own first, where it was raised in another process.
+        status: the HTTP status that it carried there.
     """
 
     names: tuple[str, ...] = ()
+    status: int | None = None
 
 
 class NotAsked(Failure):

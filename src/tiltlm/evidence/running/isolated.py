@@ -192,5 +192,5 @@ def _raised(error: dict[str, Any]) -> Failure:
     if "InputError" in error["names"]:
         raise InputError(message)
     failure = Failure(f"raised {name} ({message})" if message else f"raised {name}")
-    failure.names = tuple(error["names"])
+    failure.names, failure.status = tuple(error["names"]), error.get("status")
     return failure

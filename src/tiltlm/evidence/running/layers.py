@@ -13,6 +13,7 @@ from torch import Generator
 from tiltlm.errors import InputError
 from tiltlm.evidence.running.calls import Failure, Layer, NotAsked, Request, TextFunction, attempt
 from tiltlm.evidence.running.tally import count
+from tiltlm.evidence.running.worker import status_of
 
 TRANSIENT = (
     "ConnectionError",
@@ -24,6 +25,8 @@ TRANSIENT = (
     "InternalServerError",
 )
 """Classes of exceptions, by name, that another try may cure: so no client needs to be imported to be known."""
+TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses that another try may cure: those of httpx and requests are told by these alone, a 404 has the same class."""
 
 
 class Batched(Layer):
@@ -53,7 +56,8 @@ class Retried(Layer):
     Args:
         fn: the function.
         times: further tries.
-        on: exceptions to try again for, as classes or names of classes; their subclasses are meant too.
+        on: exceptions to try again for, as classes or names of classes; their subclasses are meant too. By default also those that
+            carry one of `TRANSIENT_STATUS`.
         first, longest: bounds of the pause, in seconds.
         rng: for the pauses; they are not reproducible without it.
         sleep: how to wait.
@@ -76,6 +80,7 @@ class Retried(Layer):
             raise InputError(f"the pause goes from {first} to {longest} s; give 0 <= first <= longest")
         super().__init__(fn)
         self.times, self.first, self.longest, self.rng, self.sleep = times, first, longest, rng, sleep
+        self.statuses = TRANSIENT_STATUS if on is TRANSIENT else frozenset()
         self.on = frozenset(kind if isinstance(kind, str) else kind.__name__ for kind in on)
 
     def attempt(self, request: Request) -> list[Any]:
@@ -99,7 +104,7 @@ class Retried(Layer):
         if not isinstance(answer, Exception):
             return False
         names = answer.names if isinstance(answer, Failure) else [kind.__name__ for kind in type(answer).__mro__]
-        return not self.on.isdisjoint(names)
+        return not self.on.isdisjoint(names) or status_of(answer) in self.statuses
 
     def __repr__(self) -> str:
         return f"Retried({self.fn!r}, {self.times})"

@@ -133,7 +133,18 @@ def _plain(value: Any) -> Any:
 
 def _described(error: BaseException) -> dict[str, Any]:
     names = [kind.__name__ for kind in type(error).__mro__]
-    return {"names": names, "message": " ".join(str(error).split())}
+    return {"names": names, "message": " ".join(str(error).split()), "status": status_of(error)}
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception carries: openai's and aiohttp's itself, those of httpx and requests in their response."""
+    response = getattr(error, "response", None)
+    found = (
+        getattr(error, "status_code", None),
+        getattr(error, "status", None),
+        getattr(response, "status_code", None),
+    )
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def _load(first: Mapping[str, Any]) -> Callable[..., Any]:
