@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scipy.stats import chi2
 
 import tiltlm as tl
 from tiltlm.inference.decoding.mcmc import MCMC
+from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.kinds import backbone_of
 from tiltlm.lm.sample import sample
@@ -82,6 +84,8 @@ def test_log_prob_is_that_of_the_models_own_forward(kind, temperature):
     model, vocabulary = prior.body.model, prior.body.vocabulary
     rows = torch.Generator().manual_seed(3)
     some = [x for x in every(vocabulary, 3) if torch.rand((), generator=rows) < 40 / vocabulary**3]
+    if kind == "llava":  # in a completion <image> is a token like any other, which transformers' forward takes for an image
+        some = [x for x in some if 5 not in x]
     index = torch.arange(3).repeat_interleave(len(some))
     draws = prior.complete(prompts, index, some * 3)
     with torch.no_grad():
@@ -205,7 +209,7 @@ def test_smc_and_mcmc_meet_the_exact_posterior(kind, rng):
     prior, prompts = small(kind)
     target = tilted(prior)
     exact = [posterior(target, prompts, row) for row in range(3)]
-    weighted = tl.SMC(particles=256).sample(target, prompts, rng=rng)
+    weighted = tl.SMC(particles=256, twist=prefix_evidence).sample(target, prompts, rng=rng)
     assert weighted.log_z is not None
     for estimate, truth in zip(weighted.log_z, exact, strict=True):
         assert abs(estimate.value - truth.log_z) < 0.25
@@ -238,7 +242,8 @@ def test_the_gradient_is_that_of_the_models_own_forward(kind, rng):
     """All weights, the encoder's among them, by autograd through transformers' forward."""
     prior, prompts = small(kind)
     policy = prior.policy(lora=None)
-    draws = prior.draw(prompts, 4, rng)
+    draws = prior.draw(prompts, 6, rng)
+    draws = draws.select(~(draws.tokens == 5).any(-1))  # LLaVA's <image>
     policy.forward(draws, frozenset({"log_q"})).log_q.sum().backward()
     got = {name: p.grad for name, p in policy.named_parameters().items()}
     model = policy.body.model
@@ -251,7 +256,8 @@ def test_the_gradient_is_that_of_the_models_own_forward(kind, rng):
         if weight.grad is None:
             assert got[name] is None or not got[name].any()
             continue
-        torch.testing.assert_close(got[name], weight.grad, atol=1e-8, rtol=1e-6, msg=name)
+        near = 1e-4 if "t5" in kind else 1e-8  # T5's softmax is in single precision
+        torch.testing.assert_close(got[name], weight.grad, atol=near, rtol=near)
         reached += ("encoder" in name or "vision" in name) and bool(weight.grad.abs().max() > 1e-6)
     assert reached > 4, "the encoder's weights have a gradient"
     assert not any(p.requires_grad for p in prior.body.model.parameters())
@@ -307,11 +313,11 @@ def test_a_critic_is_a_sampler_and_a_twist(kind, rng):
     critic = prior.critic(lora=tl.LoRA(r=2))
     with torch.no_grad():
         for parameter in critic.named_parameters().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype))
     draws = critic.draw(prompts, 6, rng)
     forward = critic.forward(draws, frozenset({"log_q", "q", "values"}))
     torch.testing.assert_close(forward.log_q.detach(), draws.log_q, atol=1e-7, rtol=0)
-    weighted = tl.SMC(particles=64, twist=critic).sample(tilted(prior), prompts, rng=rng)
+    weighted = tl.SMC(particles=256, twist=critic).sample(tilted(prior), prompts, rng=rng)
     assert weighted.log_z is not None
     exact = [posterior(tilted(prior), prompts, row).log_z for row in range(3)]
     for estimate, truth in zip(weighted.log_z, exact, strict=True):
@@ -343,7 +349,9 @@ def test_saved_adapters_and_models_come_back(kind, tmp_path, rng):
     tasks = {"llava": "CAUSAL_LM", "vit-gpt2": None, "vit-bert": None}
     assert config["task_type"] == tasks.get(kind, "SEQ_2_SEQ_LM")
     fresh = tl.load(tmp_path / "base", dtype="float64").body.model
-    theirs = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # ViT's layers and GPT-2's lie differently
+        theirs = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     with torch.no_grad():
         for row, x, log_q in list(zip(draws.prompt_index.tolist(), ids(draws), draws.log_q, strict=True))[::3]:
             expected = reference(theirs.get_base_model(), prompts, row, x)
@@ -496,7 +504,8 @@ def test_bad_prompts_are_one_sentence(tmp_path):
         (sees, [{"image": [ok, ok]}], "prompt 1 has 2 images; the model reads one"),
         (sees, [{"image": ok, "prompt": "a"}], "prompt 1 has a text in column 'prompt', but the model reads its image alone"),
         (chats, [{"prompt": "<image> <image> a", "image": ok}], "prompt 1 is refused by the model's processor"),
-        (chats, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "prompt 1 .*(refused|places|image)"),
+        (chats, ["<image> a"], "prompt 1 has a place for an image and no image"),
+        (chats, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "prompt 1 has a place for an image and no image"),
     ]
     for prior, data, message in cases:
         with pytest.raises(tl.InputError, match=message):
@@ -507,8 +516,9 @@ def test_models_that_are_not_provided_for_are_refused(rng):
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
     tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    text = BlipTextConfig(vocab_size=8, encoder_hidden_size=16, **tiny)
-    blip = BlipForConditionalGeneration(BlipConfig(text.to_dict(), BlipVisionConfig(image_size=8, **tiny).to_dict()))
+    text = BlipTextConfig(vocab_size=300, encoder_hidden_size=16, bos_token_id=2, sep_token_id=3, **tiny)
+    vision = BlipVisionConfig(image_size=8, patch_size=4, **tiny)
+    blip = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
     with pytest.raises(tl.InputError, match="BlipForConditionalGeneration reads images by cross-attention"):
         backbone_of(blip)
     model = text_model("t5")

@@ -98,9 +98,11 @@ class Backbone(ABC):
 
     Attributes:
         has_encoder: whether prompts are sources for an encoder, so that completions begin on their own.
+        unread: beginnings of the names of weights that play no part; transformers makes some up anew at every load.
     """
 
     has_encoder = False
+    unread: tuple[str, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model

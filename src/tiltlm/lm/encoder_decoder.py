@@ -33,6 +33,7 @@ class EncoderDecoderBackbone(Backbone):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._composed = isinstance(model, COMPOSED)
+        self.unread = ("encoder.pooler.",) if self._composed else ()
         self._never: tuple[int, ...] = ()
         self._start = start_tokens(model)
         super().__init__(model)
