@@ -60,7 +60,14 @@ def text_model(kind, vocab=4, seed=0, positions=16):
     sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": positions}
     if kind in ("t5", "t5-untied"):
-        size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "initializer_factor": 2.0 if kind == "t5" else 0.7}
+        size = {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "initializer_factor": 2.0 if kind == "t5" else 0.7,
+        }
         tied = kind == "t5"
         config = T5Config(**ids, **size, decoder_start_token_id=0, tie_word_embeddings=tied)
         model = T5ForConditionalGeneration(config)

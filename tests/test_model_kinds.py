@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, every, image_model, llava, picture, small, text_model, vit_processor, words
 from peft import PeftModel
 from PIL import Image
 from scipy.stats import chi2
 
 import tiltlm as tl
+from kinds import KINDS, every, image_model, llava, picture, small, text_model, vit_processor, words
 from tiltlm.inference.decoding.mcmc import MCMC
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.lm.given import demonstrations, preferences
@@ -84,7 +84,9 @@ def test_log_prob_is_that_of_the_models_own_forward(kind, temperature):
     model, vocabulary = prior.body.model, prior.body.vocabulary
     rows = torch.Generator().manual_seed(3)
     some = [x for x in every(vocabulary, 3) if torch.rand((), generator=rows) < 40 / vocabulary**3]
-    if kind == "llava":  # in a completion <image> is a token like any other, which transformers' forward takes for an image
+    if (
+        kind == "llava"
+    ):  # in a completion <image> is a token like any other, which transformers' forward takes for an image
         some = [x for x in some if 5 not in x]
     index = torch.arange(3).repeat_interleave(len(some))
     draws = prior.complete(prompts, index, some * 3)
@@ -99,7 +101,7 @@ def test_log_prob_is_that_of_the_models_own_forward(kind, temperature):
 def test_all_completions_have_probability_one_and_are_drawn_as_often_as_they_are_likely(kind, rng):
     prior, prompts = small(kind)
     listed = every(prior.body.vocabulary, 3)
-    count = 2000
+    count = 1000
     draws = prior.draw(prompts, count, rng)
     torch.testing.assert_close(prior.log_prob(replace(draws, sampler="")), draws.log_q, atol=1e-9, rtol=0)
     place = {x: i for i, x in enumerate(listed)}
@@ -205,7 +207,7 @@ def test_a_walk_and_a_redraw_follow_the_law(kind, rng):
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "vit-gpt2", "llava"])
-def test_smc_and_mcmc_meet_the_exact_posterior(kind, rng):
+def test_smc_meets_the_exact_evidence(kind, rng):
     prior, prompts = small(kind)
     target = tilted(prior)
     exact = [posterior(target, prompts, row) for row in range(3)]
@@ -213,8 +215,14 @@ def test_smc_and_mcmc_meet_the_exact_posterior(kind, rng):
     assert weighted.log_z is not None
     for estimate, truth in zip(weighted.log_z, exact, strict=True):
         assert abs(estimate.value - truth.log_z) < 0.25
-    chains = MCMC(chains=8, steps=60, warmup=20).sample(target, prompts, rng=rng)
-    for row, truth in enumerate(exact):
+
+
+def test_mcmc_meets_the_exact_posterior(rng):
+    prior, prompts = small("marian")
+    target = tilted(prior, beta=1.0)
+    chains = MCMC(chains=16, steps=40, warmup=10).sample(target, prompts, rng=rng)
+    for row in range(3):
+        truth = posterior(target, prompts, row)
         mean = chains.scored.of([row]).log_evidence.mean()
         assert abs(float(mean) - float((truth.log_posterior.exp() * truth.scored.log_evidence).sum())) < 0.25
 
@@ -256,15 +264,16 @@ def test_the_gradient_is_that_of_the_models_own_forward(kind, rng):
         if weight.grad is None:
             assert got[name] is None or not got[name].any()
             continue
-        near = 1e-4 if "t5" in kind else 1e-8  # T5's softmax is in single precision
+        near = (
+            1e-8 if kind in ("bart", "marian", "vit-gpt2", "vit-bert") else 1e-4
+        )  # T5's and Llama's softmax is in float32
         torch.testing.assert_close(got[name], weight.grad, atol=near, rtol=near)
         reached += ("encoder" in name or "vision" in name) and bool(weight.grad.abs().max() > 1e-6)
     assert reached > 4, "the encoder's weights have a gradient"
     assert not any(p.requires_grad for p in prior.body.model.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("kind", "full"), [*((kind, False) for kind in KINDS), ("t5", True), ("vit-gpt2", True)])
 def test_a_step_moves_the_policy_and_not_the_prior(kind, full):
     prior, prompts = small(kind)
     draws = prior.draw(prompts, 8, torch.Generator().manual_seed(1))
@@ -290,7 +299,7 @@ def test_a_step_moves_the_policy_and_not_the_prior(kind, full):
     assert kl.sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["t5", "vit-gpt2", "llava"])
+@pytest.mark.parametrize("kind", ["marian"])
 def test_training_comes_nearer_to_the_posterior(kind):
     prior, prompts = small(kind)
     target = tilted(prior, beta=0.5)
@@ -307,7 +316,7 @@ def test_training_comes_nearer_to_the_posterior(kind):
     assert after < 0.7 * before
 
 
-@pytest.mark.parametrize("kind", ["t5", "marian", "vit-bert", "llava"])
+@pytest.mark.parametrize("kind", ["t5", "llava"])
 def test_a_critic_is_a_sampler_and_a_twist(kind, rng):
     prior, prompts = small(kind)
     critic = prior.critic(lora=tl.LoRA(r=2))
@@ -374,17 +383,10 @@ def test_scored_draws_of_images_come_back_and_are_known_by_their_pixels(tmp_path
 
 
 def test_sources_keep_their_end_and_decoders_begin_on_their_own():
-    prior, prompts = small("t5")
-    assert ids(replace_as_draws(prompts)) == [(2, 1), (3, 2, 3, 2, 1), (3, 3, 1)]
+    _, prompts = small("t5")
+    assert ids(prompts) == [(2, 1), (3, 2, 3, 2, 1), (3, 3, 1)]
     causal, _ = small("llava")
     assert causal.encode(["a b"]).tokens.tolist() == [[2, 3]]
-
-
-def replace_as_draws(prompts):
-    class Rows:
-        tokens, mask = prompts.tokens, prompts.mask
-
-    return Rows
 
 
 def test_images_come_in_many_forms(tmp_path):
@@ -472,9 +474,13 @@ def test_targets_are_written_in_the_targets_own_vocabulary():
 def test_a_source_longer_than_the_encoder_takes_is_said_and_not_cut(kind):
     prior, _ = small(kind)
     prior.encode(["a " * 15])
-    with pytest.raises(tl.InputError, match="prompt 2 has 17 tokens, and the encoder takes 16; shorten the source, or split it"):
+    with pytest.raises(
+        tl.InputError, match="prompt 2 has 17 tokens, and the encoder takes 16; shorten the source, or split it"
+    ):
         prior.encode(["a", "a " * 16])
-    with pytest.raises(tl.InputError, match=r"max_new_tokens is 18, but the model's decoder writes at most 1[56]; lower"):
+    with pytest.raises(
+        tl.InputError, match=r"max_new_tokens is 18, but the model's decoder writes at most 1[56]; lower"
+    ):
         replace(prior, law=replace(prior.law, max_new_tokens=18)).encode(["a"])
 
 
@@ -493,7 +499,11 @@ def test_bad_prompts_are_one_sentence(tmp_path):
     cases = [
         (text, ["a", "  "], "prompt 2 is empty"),
         (text, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "the model reads texts alone"),
-        (sees, [{"image": ok}, {"image": str(tmp_path / "none.png")}], "prompt 2: there is no image '.*none.png'; check"),
+        (
+            sees,
+            [{"image": ok}, {"image": str(tmp_path / "none.png")}],
+            "prompt 2: there is no image '.*none.png'; check",
+        ),
         (sees, [str(tmp_path / "broken.png")], "prompt 1: image '.*broken.png' cannot be read"),
         (sees, [str(tmp_path / "cut.png")], "prompt 1: image '.*cut.png' cannot be read .*truncated"),
         (sees, [b"no image"], r"prompt 1: an image \(bytes\) cannot be read"),
@@ -502,10 +512,18 @@ def test_bad_prompts_are_one_sentence(tmp_path):
         (sees, [{"photo": ok}], "prompt 1 has no image in column 'image'; it has 'photo'"),
         (sees, [{"image": None}], "prompt 1 has no image"),
         (sees, [{"image": [ok, ok]}], "prompt 1 has 2 images; the model reads one"),
-        (sees, [{"image": ok, "prompt": "a"}], "prompt 1 has a text in column 'prompt', but the model reads its image alone"),
+        (
+            sees,
+            [{"image": ok, "prompt": "a"}],
+            "prompt 1 has a text in column 'prompt', but the model reads its image alone",
+        ),
         (chats, [{"prompt": "<image> <image> a", "image": ok}], "prompt 1 is refused by the model's processor"),
         (chats, ["<image> a"], "prompt 1 has a place for an image and no image"),
-        (chats, [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "prompt 1 has a place for an image and no image"),
+        (
+            chats,
+            [{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}],
+            "prompt 1 has a place for an image and no image",
+        ),
     ]
     for prior, data, message in cases:
         with pytest.raises(tl.InputError, match=message):
@@ -526,14 +544,16 @@ def test_models_that_are_not_provided_for_are_refused(rng):
     with pytest.raises(tl.InputError, match="does not say what its decoder begins with"):
         tl.load(model, words("a", "b"))
     with pytest.raises(tl.InputError, match="comes without an image processor"):
-        tl.load(image_model("vit-gpt2"), words("a", "b")).prior().encode([picture(1)])
+        tl.load(image_model("vit-gpt2"), words("a", "b")).prior(max_new_tokens=3).encode([picture(1)])
+    model, processor = llava()
+    blind = tl.load(model, processor.tokenizer).prior(max_new_tokens=2)
     with pytest.raises(tl.InputError, match="comes without an image processor"):
-        model, processor = llava()
-        tl.load(model, processor.tokenizer).prior(max_new_tokens=2).encode([{"prompt": "a", "image": picture(1)}])
+        blind.encode([{"prompt": "a", "image": picture(1)}])
+    prior, prompts = small("t5")
+    fluent = prior * tl.Reward(tl.rewards.Fluency(lm=tl.load(text_model("t5"), words("a", "b"))), beta=1.0)
+    draws = prior.draw(prompts, 2, rng)
     with pytest.raises(tl.InputError, match="an encoder–decoder, which does not go on with a text"):
-        prior, prompts = small("t5")
-        lm = tl.load(text_model("t5"), words("a", "b"))
-        (prior * tl.Reward(tl.rewards.Fluency(lm=lm), beta=1.0)).score(prior.draw(prompts, 2, rng))
+        fluent.score(draws)
 
 
 # --- the command line ---

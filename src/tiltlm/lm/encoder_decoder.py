@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, EncoderDecoderModel, PreTrainedModel, VisionEncoderDecoderModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    EncoderDecoderModel,
+    PreTrainedModel,
+    VisionEncoderDecoderModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from tiltlm.errors import InputError

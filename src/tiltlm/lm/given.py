@@ -205,9 +205,9 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
             f"stop is {prior.law.stop}, but given completions end with an end token; take a prior without stop strings"
         )
     answer = answer_of(completion, number)
-    begins = isinstance(prompt, str) or prior.body.backbone.has_encoder  # a decoder begins its answer on its own
-    text = answer if begins else _turn(prior, prompt, answer, number)
-    ids = tokens_of(text, tokenizer, target=prior.body.backbone.has_encoder)
+    on_its_own = prior.body.backbone.has_encoder  # a decoder begins its answer itself
+    text = answer if isinstance(prompt, str) or on_its_own else _turn(prior, prompt, answer, number)
+    ids = tokens_of(text, tokenizer, target=on_its_own)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
     if end is not None:
         return ids[: end + 1]

@@ -52,7 +52,9 @@ def open_image(value: Any, number: int) -> Image:
                 raise TypeError("no path, bytes, image or array")
             return ImageOps.exif_transpose(value).convert("RGB")
     except FileNotFoundError as error:
-        raise InputError(f"prompt {number}: there is no {what}; check the path, relative to the prompts' file") from error
+        raise InputError(
+            f"prompt {number}: there is no {what}; check the path, relative to the prompts' file"
+        ) from error
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
@@ -88,9 +90,7 @@ def read_with_text(
     Args:
         special: add the tokenizer's special tokens; a chat template has written them already.
     """
-    out = _processed(
-        processor, number, text=[text], images=[list(images)], add_special_tokens=special
-    )
+    out = _processed(processor, number, text=[text], images=[list(images)], add_special_tokens=special)
     ids = out.pop("input_ids")[0].tolist()
     out.pop("attention_mask", None)
     return ids, out

@@ -36,7 +36,9 @@ def class_of(source: str) -> Any:
     if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM
     sees = hasattr(config, "vision_config") or kind is VisionEncoderDecoderModel.config_class
-    return AutoModelForImageTextToText if sees and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    return (
+        AutoModelForImageTextToText if sees and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    )
 
 
 def backbone_of(model: PreTrainedModel) -> Backbone:
@@ -73,7 +75,9 @@ def processor_of(model: PreTrainedModel, source: str) -> Any:
         return kind.from_pretrained(source)
     except ImportError as error:
         reason = " ".join(str(error).split())[:160]
-        raise InputError(f"the image processor of {source!r} cannot be loaded ({reason}); pip install 'tiltlm[images]'") from error
+        raise InputError(
+            f"the image processor of {source!r} cannot be loaded ({reason}); pip install 'tiltlm[images]'"
+        ) from error
     except (OSError, ValueError, KeyError):
         return None
 

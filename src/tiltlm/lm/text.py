@@ -130,9 +130,7 @@ def _row(item: Any, column: str, image: str, reader: Reader, number: int) -> Map
     return item
 
 
-def _read(
-    row: Mapping[str, Any], column: str, image: str, chat: bool | None, reader: Reader, number: int
-) -> _Read:
+def _read(row: Mapping[str, Any], column: str, image: str, chat: bool | None, reader: Reader, number: int) -> _Read:
     if reader.image_alone:
         return _read_image(row, column, image, reader, number)
     text = _text(row[column], number, chat)
@@ -171,7 +169,9 @@ def _read_image(row: Mapping[str, Any], column: str, image: str, reader: Reader,
 
 def _no_processor(reader: Reader) -> str:
     if reader.reads_images:
-        return "and the model comes without an image processor; put one into its folder, or give load(..., processor=...)"
+        return (
+            "and the model comes without an image processor; put one into its folder, or give load(..., processor=...)"
+        )
     return "and the model reads texts alone; take a vision-language model"
 
 
@@ -200,7 +200,12 @@ def _tokens(text: Text, reader: Reader, number: int) -> list[int]:
         ids = list(tokenizer(text)["input_ids"]) if reader.source else tokens_of(text, tokenizer)
     else:
         ids = list(tokenizer(text)["input_ids"])
-        while not reader.source and len(ids) > 1 and ids[-1] in reader.eos and not text.endswith(str(tokenizer.decode(ids[-1]))):
+        while (
+            not reader.source
+            and len(ids) > 1
+            and ids[-1] in reader.eos
+            and not text.endswith(str(tokenizer.decode(ids[-1])))
+        ):
             ids.pop()  # some tokenizers end every text; a prompt is not the end
     ids = _one_bos(ids, tokenizer)
     if not ids:
