@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import chi2
 
 import tiltlm as tl
-from kinds import KINDS, every, image_model, llava, picture, small, text_model, vit_processor, words
+from kinds import KINDS, every, idefics, image_model, llava, picture, small, text_model, vit_processor, words
 from tiltlm.inference.decoding.mcmc import MCMC
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.lm.given import demonstrations, preferences
@@ -220,7 +220,7 @@ def test_smc_meets_the_exact_evidence(kind, rng):
 def test_mcmc_meets_the_exact_posterior(rng):
     prior, prompts = small("marian")
     target = tilted(prior, beta=1.0)
-    chains = MCMC(chains=16, steps=40, warmup=10).sample(target, prompts, rng=rng)
+    chains = MCMC(chains=6, steps=160, warmup=20).sample(target, prompts, rng=rng)
     for row in range(3):
         truth = posterior(target, prompts, row)
         mean = chains.scored.of([row]).log_evidence.mean()
@@ -424,6 +424,23 @@ def test_several_images_and_conversations_with_and_without():
         together = prior.walk(prompts, 1).log_probs()
         alone = torch.cat([prior.walk(prompts.select([row]), 1).log_probs() for row in range(4)])
     torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+
+
+def test_prompts_with_different_numbers_of_images_go_together(rng):
+    model, processor = idefics()
+    prior = tl.load(model, processor.tokenizer, processor=processor).prior(max_new_tokens=3)
+    images = [picture(seed, 16) for seed in range(3)]
+    data = [{"prompt": "<image> a", "image": images[0]}, {"prompt": "<image> b <image> a", "image": images[1:]}]
+    prompts = prior.encode([*data, {"prompt": "b"}])
+    draws = prior.draw(prompts, 8, rng)
+    torch.testing.assert_close(prior.log_prob(replace(draws, sampler="")), draws.log_q, atol=1e-9, rtol=0)
+    together = prior.walk(prompts, 1).log_probs()
+    for row in range(3):
+        read = {name: parts[row] for name, parts in prompts.inputs.items() if len(parts[row])}
+        read = {name: part.double() if part.is_floating_point() else part for name, part in read.items()}
+        with torch.no_grad():
+            expected = model(input_ids=prompts.tokens[row][prompts.mask[row]][None], **read).logits[0, -1]
+        torch.testing.assert_close(together[row], expected.log_softmax(-1), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "marian", "vit-gpt2", "llava"])
