@@ -23,6 +23,7 @@ GROUPS = {
         "device",
         "prompts",
         "column",
+        "image",
         "chat",
         "max_new_tokens",
         "temperature",
