@@ -17,6 +17,10 @@ from transformers import (
     CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -126,6 +130,24 @@ def llava(seed=0):
         chat_template=TEMPLATE,
     )
     return LlavaForConditionalGeneration(config).double().eval(), processor
+
+
+def idefics():
+    """SmolVLM's class: padded images with a mask of their own, and any number of them in a prompt."""
+    torch.manual_seed(0)
+    marks = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+    side = {"longest_edge": 2 * PIXELS}
+    images = Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+    processor = Idefics3Processor(images, words("a", "b", *marks, end=False), image_seq_len=4)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+    text = {"model_type": "llama", "vocab_size": 8, "eos_token_id": 1, "pad_token_id": 0}
+    config = Idefics3Config(
+        vision_config={"image_size": 2 * PIXELS, "patch_size": 4, **sizes},
+        text_config={**text, "max_position_embeddings": 64, "initializer_range": 0.5, **sizes},
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+    )
+    return Idefics3ForConditionalGeneration(config).double().eval(), processor
 
 
 def picture(seed, size=PIXELS):

@@ -45,6 +45,12 @@ def test_the_readme_example(tiny_embedded_model, capsys):
     assert "draws a prompt" in out
 
 
+def test_the_example_of_models(capsys):
+    (code,) = blocks("docs/models.md")
+    exec(compile(code, "models.md", "exec"), {})
+    assert "KL(q||p*)" in capsys.readouterr().out
+
+
 def test_the_engine_of_contributing(capsys):
     (code,) = blocks("CONTRIBUTING.md")
     space = {"__name__": "contributing"}

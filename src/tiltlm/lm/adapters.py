@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,14 @@ def _task_of(model: PreTrainedModel) -> str | None:
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
+@contextmanager
+def _both_kinds_of_layers() -> Iterator[None]:
+    """A model may have linear layers of both layouts (ViT's and GPT-2's); peft sees to each, and need not warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        yield
+
+
 class AdapterSwitch:
     """The adapters that live on one base model."""
 
@@ -100,10 +109,13 @@ class AdapterSwitch:
                 f"base with peft's merge_and_unload and load the result"
             )
         try:
-            if self.peft is None:
-                self.peft = PeftModel.from_pretrained(self.model, path, adapter_name=name, autocast_adapter_dtype=False)
-            else:
-                self.peft.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+            with _both_kinds_of_layers():
+                if self.peft is None:
+                    self.peft = PeftModel.from_pretrained(
+                        self.model, path, adapter_name=name, autocast_adapter_dtype=False
+                    )
+                else:
+                    self.peft.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
         except (ValueError, RuntimeError, KeyError) as error:
             raise InputError(
                 f"the adapter in {folder} does not fit this model ({str(error).splitlines()[0][:160]}); load it on "
@@ -187,9 +199,7 @@ class AdapterSwitch:
         return f"tilt{number}"
 
     def _add(self, name: str, config: PeftConfig) -> None:
-        with warnings.catch_warnings():
-            # a model may have both kinds of layers (ViT's and GPT-2's), and peft sees to each
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+        with _both_kinds_of_layers():
             if self.peft is None:
                 self.peft = PeftModel(self.model, config, adapter_name=name, autocast_adapter_dtype=False)
             else:

@@ -98,12 +98,15 @@ class Backbone(ABC):
 
     Attributes:
         has_encoder: whether prompts are sources for an encoder, so that completions begin on their own.
+        unread: beginnings of the names of weights that play no part; transformers makes some up anew at every load.
     """
 
     has_encoder = False
+    unread: tuple[str, ...] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
+        self._config: Any = model.config.get_text_config(decoder=True)  # which for some models is made anew at every call
         self._body: nn.Module | None = None
         self._tilt: Tilt | None = None
         self._adopt_head()
@@ -195,7 +198,7 @@ class Backbone(ABC):
         output = self.model.get_output_embeddings()
         if isinstance(output, nn.Linear):
             return output.weight.shape[0]
-        return self.model.config.get_text_config(decoder=True).vocab_size
+        return self._config.vocab_size
 
     @property
     def width(self) -> int:
@@ -212,8 +215,7 @@ class Backbone(ABC):
         """The map from `features` to logits."""
         if self._split is None:
             return Head()
-        output = self.model.get_output_embeddings()
-        config = self.model.config.get_text_config(decoder=True)
+        output, config = self.model.get_output_embeddings(), self._config
         scale = 1.0 / getattr(config, "logits_scaling", 1.0) * (getattr(config, "logit_scale", None) or 1.0)
         return Head(output.weight, output.bias, scale, getattr(config, "final_logit_softcapping", None))
 

@@ -21,7 +21,7 @@ class CausalBackbone(Backbone):
     """A decoder-only model. Pixels and the like go in with the prompt, and with nothing after it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._parameters = inspect.signature(model.forward).parameters
+        self._accepts = frozenset(inspect.signature(model.forward).parameters)
         super().__init__(model)
 
     def _find_body(self) -> nn.Module | None:
@@ -39,7 +39,7 @@ class CausalBackbone(Backbone):
         self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None, **inputs: Tensor
     ) -> Float[Tensor, "B S D"]:
         positions = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"position_ids": positions} if "position_ids" in self._parameters else {}
+        extra = {"position_ids": positions} if "position_ids" in self._accepts else {}
         split = self._split
         run = split if split is not None else self.model
         out = run(
@@ -88,6 +88,8 @@ class CausalBackbone(Backbone):
         """What goes in beside the tokens, for all prompts together."""
         found = {}
         for name, parts in prompts.inputs.items():
+            if name not in self._accepts:  # a processor says more than its model asks
+                continue
             if name.endswith(BY_TOKEN):
                 found[name] = torch.stack([nn.functional.pad(part[0], (width - part.shape[1], 0)) for part in parts])
             elif any(len(part) for part in parts):

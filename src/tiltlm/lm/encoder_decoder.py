@@ -39,6 +39,7 @@ class EncoderDecoderBackbone(Backbone):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._composed = isinstance(model, COMPOSED)
+        self.unread = ("encoder.pooler.",) if self._composed else ()
         self._never: tuple[int, ...] = ()
         self._start = start_tokens(model)
         super().__init__(model)
@@ -53,7 +54,7 @@ class EncoderDecoderBackbone(Backbone):
 
     def _probe(self) -> tuple[Tensor, Tensor]:
         """The decoder on a made-up source: the split does not touch the encoder."""
-        config: Any = self.model.config.get_text_config(decoder=True)
+        config = self._config
         width = getattr(config, "cross_attention_hidden_size", None) or config.hidden_size
         source = torch.linspace(-1, 1, 3 * width, device=self.device, dtype=self.model.dtype).view(1, 3, width)
         ids = torch.arange(1, 4, device=self.device)[None] % self.vocabulary
@@ -85,9 +86,8 @@ class EncoderDecoderBackbone(Backbone):
         return Prefix(memory, mask, self.features(ids, mask, memory)[:, -1])
 
     def room(self, max_new_tokens: int) -> int | None:
-        config: Any = self.model.config
-        decoder = config.get_text_config(decoder=True)
-        limit = _first(decoder, "max_decoder_position_embeddings", "max_position_embeddings")
+        config = self.model.config
+        limit = _first(self._config, "max_decoder_position_embeddings", "max_position_embeddings")
         most = None if limit is None else limit - len(self._start) + 1  # the last token is not read
         if most is not None and max_new_tokens > most:
             raise InputError(
@@ -113,8 +113,7 @@ class EncoderDecoderBackbone(Backbone):
         return source if project is None else project(source), mask
 
     def _cache(self) -> EncoderDecoderCache:
-        config = self.model.config.get_text_config(decoder=True)
-        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache())
+        return EncoderDecoderCache(DynamicCache(config=self._config), DynamicCache())
 
     def _run(
         self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None, **inputs: Tensor

@@ -201,11 +201,11 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
     """A completion's tokens with the end token, before any cut."""
     tokenizer, eos = prior.body.tokenizer, prior.body.eos
     answer = answer_of(completion, number)
-    begins = isinstance(prompt, str) or prior.body.backbone.has_encoder  # a decoder begins its answer on its own
-    text = answer if begins else _turn(prior, prompt, answer, number)
+    on_its_own = prior.body.backbone.has_encoder  # a decoder begins its answer itself
+    text = answer if isinstance(prompt, str) or on_its_own else _turn(prior, prompt, answer, number)
     if prior.law.stop:
         return _stopped(prior, text, number)
-    ids = tokens_of(text, tokenizer, target=prior.body.backbone.has_encoder)
+    ids = tokens_of(text, tokenizer, target=on_its_own)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
     if end is not None:
         return ids[: end + 1]

@@ -42,17 +42,15 @@ def open_image(value: Any, number: int) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Exif that is out of order and the like; the pixels are what counts
-            if isinstance(value, Image.Image):
-                opened = value
-            elif isinstance(value, str | Path):
-                opened = Image.open(Path(value).expanduser())
-            elif isinstance(value, bytes | bytearray):
-                opened = Image.open(io.BytesIO(value))
-            elif hasattr(value, "__array__"):
-                opened = Image.fromarray(torch.as_tensor(value).cpu().numpy())
-            else:
+            if isinstance(value, str | Path):
+                value = Path(value).expanduser().read_bytes()
+            if isinstance(value, bytes | bytearray):
+                value = Image.open(io.BytesIO(value))
+            elif hasattr(value, "__array__") and not isinstance(value, Image.Image):
+                value = Image.fromarray(torch.as_tensor(value).cpu().numpy())
+            if not isinstance(value, Image.Image):
                 raise TypeError("no path, bytes, image or array")
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(value).convert("RGB")
     except FileNotFoundError as error:
         raise InputError(
             f"prompt {number}: there is no {what}; check the path, relative to the prompts' file"

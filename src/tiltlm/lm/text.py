@@ -138,13 +138,14 @@ def _read(row: Mapping[str, Any], column: str, image: str, chat: bool | None, re
         if _asks_for_image(text) or (reader.reads_images and values_of(row.get(image))):
             raise InputError(f"prompt {number} has an image, {_no_processor(reader)}")
         return _Read(text, _tokens(text, reader, number))
-    images = values_of(row.get(image))
+    images, token = values_of(row.get(image)), getattr(reader.processor, "image_token", None)
     if isinstance(text, str):
-        token = getattr(reader.processor, "image_token", None)
         rendered = text if not images or token is None or token in text else token * len(images) + text
     else:
         text, images = with_images(text, images)
         rendered = render(text, reader.templater, number)
+    if not images and (_asks_for_image(text) or (token is not None and token in rendered)):
+        raise InputError(f"prompt {number} has a place for an image and no image; put one into its column {image!r}")
     if not images:
         return _Read(text, _tokens(text, reader, number))
     opened = [open_image(value, number) for value in images]

@@ -255,8 +255,12 @@ class ModelPrior(View):
     def fingerprint(self) -> str:
         """A hash of architecture, precision and a sample of the weights, the prior's adapter included."""
         digest = hashlib.sha256(f"{type(self.body.model).__name__}{self.body.model.dtype}".encode())
-        base = self.body.model.named_parameters()
-        weights = {name.replace("base_layer.", ""): value for name, value in base if "lora_" not in name}
+        base, unread = self.body.model.named_parameters(), self.body.backbone.unread
+        weights = {
+            name.replace("base_layer.", ""): value
+            for name, value in base
+            if "lora_" not in name and not name.startswith(unread)
+        }
         if self.adapter is not None:
             weights |= self.body.adapters.parameters(self.adapter)
         for name, value in weights.items():
