@@ -80,7 +80,7 @@ def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
     assert len(reward(completions=["a good film", "a bad film"])) == 2
 
 
-PAGES = ["ways", "explain", "reward-models", "labels", "rewards", "hacking", "rewards-running"]
+PAGES = ["start", "ways", "explain", "reward-models", "labels", "rewards", "hacking", "rewards-running"]
 
 
 @pytest.mark.parametrize("page", [f"docs/{page}.md" for page in PAGES])
