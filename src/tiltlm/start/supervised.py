@@ -29,8 +29,8 @@ FORMAT = 1
 FACTS = "start.json"
 JUDGED = 400
 """Validation rows whose greedy texts are judged, and on which the validation loss is taken."""
-IMAGE_SIZE, STAGES = 160, 5
-"""Pixels and stages of the image encoder: 10 × 10 patches of 112 channels."""
+IMAGE_SIZE, STAGES = 96, 5
+"""Pixels and stages of the image encoder, the emoji scenes' own size: 6 × 6 patches of 112 channels."""
 PERCENT = 100
 NewBar = Callable[[str, int], Callable[[int], None]]
 
