@@ -97,6 +97,7 @@ PAGES = [
     "masked-edits",
     "evaluation",
     "data",
+    "start",
 ]
 
 

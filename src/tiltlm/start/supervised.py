@@ -29,8 +29,8 @@ FORMAT = 1
 FACTS = "start.json"
 JUDGED = 400
 """Validation rows whose greedy texts are judged, and on which the validation loss is taken."""
-IMAGE_SIZE, STAGES = 160, 5
-"""Pixels and stages of the image encoder: 10 × 10 patches of 112 channels."""
+IMAGE_SIZE, STAGES = 96, 5
+"""Pixels and stages of the image encoder, the emoji scenes' own size: 6 × 6 patches of 112 channels."""
 PERCENT = 100
 NewBar = Callable[[str, int], Callable[[int], None]]
 
@@ -189,7 +189,9 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
     reads_text = task.reads == "prompt"
     tokenizer = train_tokenizer([*sources, *references] if reads_text else references, task.vocabulary)
     seed = task.schedule.seed
-    processor = encoder = None
+    pad: Any = tokenizer.pad_token_id
+    processor: Any = None
+    encoder: Any = None
     if reads_text:
         model = make_translator(task.size, tokenizer, seed)
     else:
@@ -215,7 +217,7 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
             if read is not None
             else image_states(encoder, processor, [some[k] for k in kept], bar)
         )
-        parts.append((kept, Pairs(states, [targets[k] for k in kept], tokenizer.pad_token_id)))
+        parts.append((kept, Pairs(states, [targets[k] for k in kept], pad)))
     (_, learn), (kept, judge) = parts
     if too_long:
         warnings.warn(

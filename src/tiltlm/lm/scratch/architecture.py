@@ -54,7 +54,7 @@ def make_translator(size: Size, tokenizer: PreTrainedTokenizerBase, seed: int) -
     T5, because relative positions have no longest source, and because layers that are normalised first take a large
     learning rate from the first step on.
     """
-    config = T5Config(
+    config = cast("Any", T5Config)(
         vocab_size=len(tokenizer),
         d_model=size.width,
         d_kv=size.width // size.heads,
@@ -83,7 +83,7 @@ def make_captioner(
         longest: most tokens of a caption, its end included.
     """
     pad, eos = _id(tokenizer.pad_token_id), _id(tokenizer.eos_token_id)
-    decoder = GPT2Config(
+    decoder = cast("Any", GPT2Config)(
         vocab_size=len(tokenizer),
         n_positions=longest,
         n_embd=size.width,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -77,7 +77,8 @@ class _Convolution(nn.Module):
     ) -> None:
         super().__init__()
         room = kernel - stride  # all of it behind the picture where the stride leaves an odd number
-        self.pad = nn.ZeroPad2d((room // 2, room - room // 2) * 2)
+        first, last = room // 2, room - room // 2
+        self.pad = nn.ZeroPad2d((first, last, first, last))
         self.conv = nn.Conv2d(before, after, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(after, eps=EPSILON)
         self.act = nn.ReLU6() if act else nn.Identity()
@@ -111,7 +112,6 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class: Any = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
     main_input_name: Any = "pixel_values"
-    _no_split_modules: ClassVar[list[str]] = ["_Block"]
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
