@@ -118,7 +118,7 @@ class MaskedEdits:
 
     Attributes:
         infiller: the masked language model.
-        lengthen: probability of trying to insert, and of trying to delete; the rest is substitution.
+        lengthen: probability of trying to insert, and of trying to delete, where the completion ended; the rest is substitution.
     """
 
     infiller: Infiller
@@ -151,7 +151,7 @@ class MaskedEdits:
             )
         uniform = torch.rand(len(current), generator=rng, dtype=torch.float64).tolist()
         edits = [_chosen(self.edits(ids, law.max_new_tokens), u) for ids, u in zip(completions, uniform, strict=True)]
-        ratio = torch.zeros(len(current), dtype=torch.float64)
+        ratio = torch.full((len(current),), -torch.inf, dtype=torch.float64)  # to stay is no move that was accepted
         proposed = list(completions)
         moving = [row for row, edit in enumerate(edits) if edit is not None]
         for start in range(0, len(moving), ROWS):
@@ -171,7 +171,10 @@ class MaskedEdits:
         """Every edit of a completion with its probability; what is missing to 1 is the probability of leaving it alone."""
         ended = bool(ids) and ids[-1] in self.infiller.ends
         n = len(ids) - ended
-        found = [Edit("substitute", place, (1 - 2 * self.lengthen) / n) for place in range(n)]
+        substitute = (
+            1 - 2 * self.lengthen if ended else 1.0
+        )  # edits leave the end alone, so the way back chooses likewise
+        found = [Edit("substitute", place, substitute / n) for place in range(n)]
         if ended and self.lengthen:
             found += [Edit("delete", place, self.lengthen / n) for place in range(n)]
             if len(ids) < longest:
