@@ -649,6 +649,7 @@ class TestHelp:
         assert done.stderr.startswith("error: beta is nan; it is a temperature")
         assert done.stderr.count("\n") == 1
 
+    @pytest.mark.slow  # the sentence is checked in this process by TestReward, the program's end by the test above
     def test_an_error_of_the_real_program_that_needs_the_model(self, here):
         command = [sys.executable, "-m", "tiltlm", "plan", "recipe.yaml", "--reward", "rewards.py:nan"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

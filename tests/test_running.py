@@ -812,6 +812,7 @@ def once(completions):
         with sqlite3.connect("run/rewards.sqlite") as cache:
             assert cache.execute("SELECT count(*) FROM rewards").fetchone()[0] == 8 - dropped
 
+    @pytest.mark.slow  # TestNothingIsLeft interrupts a program that only calls the reward
     def test_ctrl_c_while_the_reward_hangs_leaves_nothing(self, tmp_path):
         flags = self.recipe(tmp_path, "once", reward_timeout=3600)
         command = [sys.executable, "-m", "tiltlm", "train", *flags]
