@@ -106,7 +106,9 @@ class Backbone(ABC):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
-        self._config: Any = model.config.get_text_config(decoder=True)  # which for some models is made anew at every call
+        self._config: Any = model.config.get_text_config(
+            decoder=True
+        )  # which for some models is made anew at every call
         self._body: nn.Module | None = None
         self._tilt: Tilt | None = None
         self._adopt_head()
