@@ -199,9 +199,9 @@ def read_glyphs(font: Path) -> dict[tuple[str, str | None], Image]:
             raise InputError(
                 f"font {str(font)!r} has no colour bitmaps (CBDT); install Debian's fonts-noto-color-emoji"
             )
-        names = opened.getBestCmap()
+        names = opened.getBestCmap() or {}
         bitmaps = {name: glyph for strike in opened["CBDT"].strikeData for name, glyph in strike.items()}
-        found: dict[tuple[str, str | None], Image.Image] = {}
+        found: dict[tuple[str, str | None], Any] = {}
         for noun, (_, emoji) in NOUNS.items():
             name = names.get(ord(emoji))
             if name not in bitmaps:
