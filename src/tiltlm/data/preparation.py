@@ -193,7 +193,7 @@ def _write(folder: Path, splits: DatasetDict, card: Mapping[str, Any]) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{card['name']}-") as name:
             unfinished = Path(name) / "whole"
-            splits.save_to_disk(str(unfinished), num_shards=dict.fromkeys(splits, 1))
+            splits.save_to_disk(str(unfinished), num_shards=dict.fromkeys(SPLITS, 1))
             (unfinished / "README.md").write_text(card_text(card), encoding="utf-8")
             (unfinished / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False), encoding="utf-8")
             try:

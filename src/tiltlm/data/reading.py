@@ -176,7 +176,9 @@ def _of_set(name: str, split: str) -> Dataset:
 
     splits = load(name)
     if split not in splits:
-        raise InputError(f"split is {split!r}, but data set {name!r} has {', '.join(splits)}; write data:{name}/train")
+        raise InputError(
+            f"split is {split!r}, but data set {name!r} has {', '.join(map(str, splits))}; write data:{name}/train"
+        )
     return splits[split]
 
 

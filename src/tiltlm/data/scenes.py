@@ -194,20 +194,22 @@ def read_glyphs(font: Path) -> dict[tuple[str, str | None], Image]:
         ) from error
     from PIL import Image
 
-    opened = TTFont(font, lazy=True)
-    if "CBDT" not in opened:
-        raise InputError(f"font {str(font)!r} has no colour bitmaps (CBDT); install Debian's fonts-noto-color-emoji")
-    names = opened.getBestCmap()
-    bitmaps = {name: glyph for strike in opened["CBDT"].strikeData for name, glyph in strike.items()}
-    found: dict[tuple[str, str | None], Image.Image] = {}
-    for noun, (_, emoji) in NOUNS.items():
-        name = names.get(ord(emoji))
-        if name not in bitmaps:
+    with TTFont(font, lazy=True) as opened:
+        if "CBDT" not in opened:
             raise InputError(
-                f"font {str(font)!r} has no picture of {emoji} ({noun}); install Debian's fonts-noto-color-emoji"
+                f"font {str(font)!r} has no colour bitmaps (CBDT); install Debian's fonts-noto-color-emoji"
             )
-        picture = _trimmed(Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA"))
-        found |= {(noun, colour): _tinted(picture, colour) for colour in (None, *COLOURS)}
+        names = opened.getBestCmap() or {}
+        bitmaps = {name: glyph for strike in opened["CBDT"].strikeData for name, glyph in strike.items()}
+        found: dict[tuple[str, str | None], Any] = {}
+        for noun, (_, emoji) in NOUNS.items():
+            name = names.get(ord(emoji))
+            if name not in bitmaps:
+                raise InputError(
+                    f"font {str(font)!r} has no picture of {emoji} ({noun}); install Debian's fonts-noto-color-emoji"
+                )
+            picture = _trimmed(Image.open(io.BytesIO(bitmaps[name].imageData)).convert("RGBA"))
+            found |= {(noun, colour): _tinted(picture, colour) for colour in (None, *COLOURS)}
     return found
 
 

@@ -109,7 +109,7 @@ class Leaks:
         return sum(self.normalised.values()) + sum(self.exact.values())
 
 
-def leaks(dataset: Mapping[str, Any], columns: Sequence[str] | None = None) -> Leaks:
+def leaks(dataset: Mapping[Any, Any], columns: Sequence[str] | None = None) -> Leaks:
     """Count what is in more than one split.
 
     Args:

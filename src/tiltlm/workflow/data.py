@@ -76,7 +76,7 @@ def shown(name: str, split: str, count: int, progress: Progress | None = None) -
         InputError: if there is no such set or split.
     """
     splits = load(name, progress=progress)
-    if split not in splits:
-        raise InputError(f"split is {split!r}; data set {name!r} has {', '.join(splits)}")
+    if split not in list(splits):
+        raise InputError(f"split is {split!r}; data set {name!r} has {', '.join(map(str, splits))}")
     rows = splits[split].select(range(min(count, len(splits[split]))))
     return [{k: f"{len(v)} bytes" if isinstance(v, bytes) else v for k, v in dict(row).items()} for row in rows]
