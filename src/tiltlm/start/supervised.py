@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.scratch.architecture import Size, make_captioner, make_translator
 from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientnet_lite
-from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, read_image, token_loss
+from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, mixed_precision, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
 from tiltlm.start.tasks import Rows, Task, columns_of, find_task
 from tiltlm.start.training import Schedule
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: raise it when the same settings make another model."""
 FACTS = "start.json"
 JUDGED = 400
@@ -142,9 +143,13 @@ def _make(task: Task, data: Any, folder: Path, key: str, progress: NewBar) -> No
         sums = [token_loss(model, bench.judge, rows) for rows in batches]
         return sum(float(loss) for loss, _ in sums) / sum(tokens for _, tokens in sums)
 
+    def loss(rows: Sequence[int], smoothing: float) -> tuple[Tensor, int]:
+        with mixed_precision(model.device):
+            return token_loss(model, bench.learn, rows, smoothing)
+
     state = training.train(
         model,
-        lambda rows, smoothing: token_loss(model, bench.learn, rows, smoothing),
+        loss,
         lambda rng: bench.learn.batches(schedule.batch_tokens, rng),
         validate,
         schedule,
