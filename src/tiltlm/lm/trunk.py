@@ -37,7 +37,7 @@ Pooling = Literal["auto", "last", "mean"]
 Answer = tuple[Text, str]
 """A prompt and what was answered."""
 RECENT = 4096
-"""Texts whose features a trunk remembers."""
+"""Texts whose features a trunk remembers, unless it is told another number."""
 
 
 Adaptation = LoRA | TopLayers | None
@@ -110,10 +110,12 @@ class Trunk:
 
     Attributes:
         weights: of the adaptation, by name; None for the base as it is.
+        remember: the most texts whose features are kept; those used longest ago go first.
     """
 
     base: _Base
     weights: Mapping[str, Tensor] | None = None
+    remember: int = RECENT
     recent: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -156,7 +158,7 @@ class Trunk:
     def adapted(self, adaptation: LoRA | TopLayers, seed: int) -> Trunk:
         """A trunk on the same base with new weights to train; before training its features are the base's."""
         self.base.prepare(adaptation)
-        return Trunk(self.base, self.base.fresh(seed))
+        return Trunk(self.base, self.base.fresh(seed), self.remember)
 
     def with_weights(self, adaptation: LoRA | TopLayers, weights: Mapping[str, Tensor]) -> Trunk:
         """A trunk on the same base with weights that were trained before.
@@ -169,7 +171,7 @@ class Trunk:
             raise InputError(
                 f"the saved weights do not fit {adaptation} on {self.name}; load them on the model they were trained on"
             )
-        return Trunk(self.base, dict(weights))
+        return Trunk(self.base, dict(weights), self.remember)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The adaptation's live weights, set to this trunk's."""
@@ -206,7 +208,7 @@ class Trunk:
         for text in texts:
             self.recent[text] = found[text]
             self.recent.move_to_end(text)
-        while len(self.recent) > RECENT:
+        while len(self.recent) > self.remember:
             self.recent.popitem(last=False)
         return torch.stack([found[text] for text in texts]) if texts else torch.zeros(0, self.width)
 
@@ -277,6 +279,7 @@ def load_trunk(
     dtype: str = "auto",
     device: str = "auto",
     name: str | None = None,
+    remember: int = RECENT,
 ) -> Trunk:
     """A trunk from a hub id, a folder, an embedded model, or a model in memory (which is taken over and frozen).
 
@@ -286,12 +289,15 @@ def load_trunk(
         pooling: "auto" takes the last token's state of a causal LM, the mean of an encoder.
         max_tokens: of a text; of a longer one the end is read. At most the model's context.
         name: what to load a model in memory from, later.
+        remember: the most texts whose features are kept in memory; several rewards on one set of draws want them all.
 
     Raises:
         InputError: if there is nothing to load under that name, or it is of another kind.
     """
     if max_tokens < 8:
         raise InputError(f"max_tokens is {max_tokens}; a text needs at least 8")
+    if remember < 0:
+        raise InputError(f"remember is {remember}; give a number of texts, or 0 to keep none")
     if pooling not in ("auto", "last", "mean"):
         raise InputError(f"pooling is {pooling!r}; use auto, last or mean")
     if isinstance(model, PreTrainedModel):
@@ -311,7 +317,8 @@ def load_trunk(
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or max_tokens
     body.requires_grad_(False).eval()
     pool: Any = ("last" if causal else "mean") if pooling == "auto" else pooling
-    return Trunk(_Base(body, cast(Any, tokenizer), label, pool, min(max_tokens, context), AdapterSwitch(body)))
+    base = _Base(body, cast(Any, tokenizer), label, pool, min(max_tokens, context), AdapterSwitch(body))
+    return Trunk(base, remember=remember)
 
 
 def _opening(tokenizer: Any) -> int:
