@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from tiltlm.lm.view import ModelPrior
 from tiltlm.records import Draws
 from tiltlm.reward_models.glm import Logistic
 from tiltlm.reward_models.posterior import LinearPosterior, laplace
+from tiltlm.seeds import generator
 
 PROMPTS = Path(__file__).resolve().parents[1] / "recipes" / "film_openings.txt"
 TOKENS = 12
@@ -102,6 +103,18 @@ class Task:
             parts.append(torch.load(file, weights_only=False))
         return Draws.concatenate(parts)
 
+    def judged_draws(self, count: int) -> tuple[Draws, Tensor, Tensor]:
+        """`draws` with their features and gold."""
+        draws = self.draws(count)
+        pairs = [
+            (str(draws.prompts.texts[p]), x) for p, x in zip(draws.prompt_index.tolist(), draws.texts, strict=True)
+        ]
+        x = torch.empty(len(draws), self.trunk.width)
+        for start in range(0, count, CHUNK):  # a chunk holds `CHUNK` rows of each prompt
+            rows = slice(start * len(draws.prompts), (start + CHUNK) * len(draws.prompts))
+            x[rows] = self.features(f"draws-{start // CHUNK}", pairs[rows])
+        return draws, x, self.gold.both([prompt + text for prompt, text in pairs], x).mean(0)
+
     def features(self, name: str, texts: Sequence[tuple[str, str]]) -> Tensor:
         """MiniLM's features of (prompt, completion), kept."""
         file = self.work / f"features-{name}.pt"
@@ -115,22 +128,31 @@ class Task:
     @cached_property
     def gold(self) -> "Gold":
         """Both classifiers, fitted to half B in full, on the scale of a short review of half B: mean 0 and standard deviation 1 each."""
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-
-        every = [review for review in self.reviews if review.half == "B"]
-        words = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True), LogisticRegression(C=10, max_iter=300)
-        )
-        words.fit([review.text for review in every], [review.positive for review in every])
-        short = self.short("B")
+        words, short = self.words(), self.short("B")
         x = self.features("short-B", [("", review.text) for review in short])
         y = torch.tensor([review.positive for review in short], dtype=torch.float64)
         head = laplace(x, Logistic(y, torch.zeros_like(y)), bias=True)
         assert isinstance(head, LinearPosterior)
         scale = (float(words.decision_function([review.text for review in short]).std()), float(head.mean(x).std()))
         return Gold(words, head, self.trunk, scale)
+
+    def words(self) -> Any:
+        """Logistic regression on words and word pairs, fitted to all of half B and kept."""
+        import joblib
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        file = self.work / "words.joblib"
+        if not file.is_file():
+            every = [review for review in self.reviews if review.half == "B"]
+            words = make_pipeline(
+                TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True), LogisticRegression(C=10, max_iter=300)
+            )
+            words.fit([review.text for review in every], [review.positive for review in every])
+            self.work.mkdir(parents=True, exist_ok=True)
+            joblib.dump(words, file)
+        return joblib.load(file)
 
     def gold_accuracy(self) -> dict[str, float]:
         """Of gold and its halves, on short reviews of half A that no proxy sees; the standard error is 0.013."""
@@ -148,6 +170,11 @@ class Task:
         some = random.Random(f"labels {seed}").sample(self.short("A")[HELD_OUT:], labels)
         rows = [{"text": review.text, "label": ("negative", "positive")[review.positive]} for review in some]
         return tl.train_reward_model(rows, self.trunk)
+
+    def members(self, labels: int, seed: int, count: int) -> Callable[[Tensor], Tensor]:
+        """The same draws of the proxy as `proxy(labels, seed).functions(count, seed=seed)`, as functions of features."""
+        posterior = self.proxy(labels, seed).posterior()
+        return lambda features: posterior.members(features, count, generator(seed, "reward members"))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Reward hacking: the fitted curve, the predicted peak and the alarm, each against what is known exactly."""
 
+import itertools
 import json
 import math
 import warnings
@@ -14,7 +15,7 @@ from tiltlm.diagnostics.alarm import LEVEL, look, planned_tests, window_lengths
 from tiltlm.diagnostics.frontier import PriorSample
 from tiltlm.diagnostics.gold import gold_frontier
 from tiltlm.diagnostics.overoptimisation import curve, fit_overoptimisation
-from tiltlm.diagnostics.tilt import tilt_jackknife, tilt_mean
+from tiltlm.diagnostics.tilt import best_of_n_mean, best_of_n_shares, tilt_jackknife, tilt_mean
 from tiltlm.evidence.gold import as_gold, gold_values
 from tiltlm.inference.watch import Watch, batch_stderr
 from tiltlm.lm.load import load
@@ -250,6 +251,37 @@ class TestPrediction:
         )  # 0.93 in 150 runs, as the plan's own intervals with so few prompts and draws
         assert told >= 0.5 * runs
         assert peaks / told >= 0.9
+
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_best_of_n_by_listing_every_choice(self, n):
+        reward = torch.tensor(
+            [0.3, -1.0, 0.3, 2.0, -torch.inf], dtype=torch.float64
+        )  # with a tie and an impossible draw
+        shares = torch.zeros(5, dtype=torch.float64)
+        for chosen in itertools.product(range(5), repeat=n):
+            best = max(float(reward[i]) for i in chosen)
+            at_top = [i for i in range(5) if float(reward[i]) == best]
+            shares[at_top] += 1 / 5**n / len(at_top)
+        assert torch.allclose(best_of_n_shares(reward, n), shares, atol=1e-15)
+
+    def test_best_of_ns_gold_and_its_error(self):
+        """Of uniform draws whose gold is the reward: n / (n + 1), and the scatter over samples is the standard error."""
+        rng = torch.Generator().manual_seed(2)
+        found = [best_of_n_mean(r, r, 4) for r in torch.rand(300, 200, dtype=torch.float64, generator=rng)]
+        means, errors = torch.tensor(found, dtype=torch.float64).T
+        assert float(means.mean()) == pytest.approx(0.8, abs=0.005)
+        assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.15)
+        few = torch.rand(8, dtype=torch.float64, generator=rng)
+        assert math.isnan(best_of_n_mean(few, few, 2)[1])
+
+    def test_best_of_n_stands_beside_the_optimum(self, world, exacts):
+        found = tl.plan(world.target, world.prompts, samples=256, gold=gold_of)
+        point = found.gold.best_of_n[1]
+        laws = [(ex.best_of_n_law(e, 4), e, g) for e, g in exacts]
+        assert point.n == 4
+        assert point.proxy == pytest.approx(found.best_of_n[1].reward, abs=1e-12)
+        assert point.kl == pytest.approx(sum(ex.kl(q.log(), e.log_prior) for q, e, _ in laws) / len(laws), abs=0.02)
+        assert point.gold.value == pytest.approx(sum(float(q @ g) for q, _, g in laws) / len(laws), abs=0.03)
 
     def test_gold_that_is_the_proxy_has_no_peak(self, world):
         found = tl.plan(world.target, world.prompts, samples=64, gold=world.target.evidence)
