@@ -44,7 +44,7 @@ ROOTS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Distances sqrt(KL) at which the targets are compared."""
 TRAINED = 8
 """Prompts that policies are trained on: all of them in every step, so that its means are of the same prompts."""
-GROUP, TILT, RATE = 4, 4.0, 1e-3
+GROUP, TILT, RATE = 4, 4.0, 2e-3
 """Draws a prompt and step; spreads of the reward per beta; learning rate."""
 
 
@@ -53,11 +53,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps draws, features and finished runs")
     parser.add_argument("--parts", nargs="*", default=["tilt", "train"], choices=["tilt", "train"])
     parser.add_argument("--labels", type=int, default=32, help="labelled reviews that a proxy learns from")
-    parser.add_argument("--samples", type=int, default=320, help="prior draws a prompt")
+    parser.add_argument("--samples", type=int, default=256, help="prior draws a prompt")
     parser.add_argument("--seeds", type=int, default=10, help="proxies that are tilted, from 0 on")
     parser.add_argument("--train-seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--train-targets", nargs="*", default=["mean", "mean - sd"], choices=list(TARGETS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)

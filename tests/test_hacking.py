@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tiltlm.posterior import exact as ex
 from tiltlm.records import Estimate
 from tiltlm.testing import language
 from tiltlm.testing.fixtures import sine_logit
+from tiltlm.workflow.samples import parts_moved
 
 KL = np.linspace(0.05, 6.0, 40)
 NOTHING = Estimate(0.0, 0.0, 1)
@@ -336,6 +338,30 @@ def rows_of(out):
 
 def untimed(rows):
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))} for row in rows]
+
+
+class TestParts:
+    def scored(self, world, rows, values):
+        draws = world.prior.draw(world.prompts.select([0, 1, 2]), 40, torch.Generator().manual_seed(0))
+        found = world.target.score(draws).select(torch.as_tensor(rows))
+        return replace(found, rewards={"part": torch.as_tensor(values, dtype=torch.float64)})
+
+    def test_the_change_is_taken_prompt_by_prompt(self, world):
+        """Prompts differ by far more than the policy changed; the interval is that of the changes, Student's t with 2 degrees."""
+        level = torch.tensor([0.0, 10.0, 20.0]).repeat_interleave(40)
+        change = torch.tensor([1.0, 1.1, 1.2]).repeat_interleave(40)
+        prior, policy = self.scored(world, range(120), level), self.scored(world, range(120), level + change)
+        found = parts_moved(prior, policy)["part"]
+        assert (found["prior"], found["policy"]) == (pytest.approx(10.0), pytest.approx(11.1))
+        half = 4.302653 * 0.1 / math.sqrt(3)
+        assert found["change"]["value"] == pytest.approx(1.1)
+        assert (found["change"]["low"], found["change"]["high"]) == pytest.approx((1.1 - half, 1.1 + half), abs=1e-5)
+
+    def test_prompts_without_draws_of_both_are_left_out(self, world):
+        prior, policy = self.scored(world, range(80), [1.0] * 80), self.scored(world, range(40, 120), [2.0] * 80)
+        found = parts_moved(prior, policy)["part"]
+        assert (found["prior"], found["policy"], found["change"]["value"]) == (1.0, 2.0, 1.0)
+        assert parts_moved(self.scored(world, range(40), [1.0] * 40), policy) == {}
 
 
 class Interrupted(Exception):
