@@ -111,7 +111,7 @@ def part_lines(run: Run) -> list[str]:
     for name, part in parts.items():
         change = part["change"]
         if len(parts) > 1 and all(finite(change[key]) is not None for key in ("value", "low", "high")):
-            by = f"{change['value']:+.3g} {show_range(change['low'], change['high'])}"
+            by = f"{change['value']:+.3g} [{change['low']:.2g}, {change['high']:.2g}]"
             lines.append(
                 f"{name}: {show(part['prior'], 3)} under the prior, {show(part['policy'], 3)} under the policy ({by})"
             )
