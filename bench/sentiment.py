@@ -188,7 +188,8 @@ def collect(options: argparse.Namespace) -> None:
     task = {"labels": options.labels, "samples": options.samples, "tokens": TOKENS, "members": MEMBERS}
     task |= {"prompts": TRAINED, "group": GROUP, "tilt": TILT, "lr": RATE, "steps": options.steps}
     found = {"task": task, "gold_accuracy": Task(options.work).gold_accuracy()}
-    found |= {"tilt": tilt_summary(tilts), "train": [train_summary(run) for run in trainings], "runs": trainings}
+    found |= {"tilt": tilt_summary(tilts), "train": [train_summary(run) for run in trainings]}
+    found |= {"train_pairs": train_pairs(trainings), "runs": trainings}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "runs"}, indent=1))
@@ -276,6 +277,29 @@ def train_summary(run: dict[str, Any]) -> dict[str, Any]:
         "curve": curve,
         "alarm": alarm and alarm["sentence"],
     }
+
+
+def train_pairs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over seeds: KL, proxy and gold of the last ten steps and gold of the best five, and the same less the mean reward's of that seed."""
+
+    def facts(run: dict[str, Any]) -> dict[str, float]:
+        rows = run["history"]
+        blocks = [statistics.mean(row["gold"] for row in rows[i : i + 5]) for i in range(0, len(rows) - 4, 5)]
+        late = {key: statistics.mean(row[key] for row in rows[-10:]) for key in ("kl_prior", "proxy", "gold")}
+        return late | {"peak": max(blocks), "fall": max(blocks) - blocks[-1]}
+
+    own = {(run["target"], run["seed"]): facts(run) for run in runs}
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(run["target"] for run in runs):
+        seeds = [seed for target, seed in own if target == name]
+        found[name] = {}
+        for key in ("kl_prior", "proxy", "gold", "peak", "fall"):
+            pairs = [own[name, seed][key] - own["mean", seed][key] for seed in seeds if ("mean", seed) in own]
+            found[name][key] = {
+                "value": mean_error([own[name, seed][key] for seed in seeds]),
+                "over_mean": mean_error(pairs),
+            }
+    return found
 
 
 def figure(tilts: Sequence[dict[str, Any]], trainings: Sequence[dict[str, Any]]) -> go.Figure:
