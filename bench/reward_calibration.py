@@ -9,6 +9,8 @@ judged on other IMDB reviews and on the one-sentence reviews of Rotten Tomatoes.
 - Bayes:    the same, averaged over the posterior.
 
     python bench/reward_calibration.py --cache /tmp/films --seeds 5
+
+The tables in docs/reward-models.md are made of `bench/results/reward_calibration.json`.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from tiltlm.reward_models.posterior import LinearPosterior, laplace
 PICKS = {"imdb": 5000, "rotten_tomatoes": 4000}
 HELD_OUT = 1000
 RECIPES = ("plain", "default", "evidence", "Bayes")
+RESULT = Path(__file__).resolve().parent / "results" / "reward_calibration.json"
 
 
 def features(cache: Path) -> dict:
@@ -103,35 +106,40 @@ def run(data: dict, kind: str, count: int, seed: int) -> list[dict]:
     return found
 
 
+def table(rows: list[dict], kind: str, count: int) -> None:
+    """Means and standard deviations over the seeds, a line for each set and recipe."""
+    for place in ("in", "out"):
+        for recipe in RECIPES:
+            some = [r for r in rows if (r["kind"], r["n"], r["set"], r["recipe"]) == (kind, count, place, recipe)]
+            cells = []
+            for key in ("nll", "ece", "accuracy"):
+                values = [r[key] for r in some]
+                sd = statistics.stdev(values) if len(values) > 1 else float("nan")
+                cells.append(f"{key} {statistics.mean(values):.3f} ± {sd:.3f}")
+            precision = statistics.median(r["precision"] for r in some)
+            print(
+                f"{kind:6} n={count:<5} {place:3} {recipe:9} {'  '.join(cells)}  precision {precision:.3g}", flush=True
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cache", type=Path, default=Path("/tmp/films"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--counts", type=int, nargs="+", default=[50, 200, 2000])
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--counts", type=int, nargs="+", default=[50, 200, 1000])
+    parser.add_argument("--kinds", nargs="+", default=["labels", "pairs"], choices=["labels", "pairs"])
+    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    data, rows = features(options.cache), []
-    for kind in ("labels", "pairs"):
+    data = features(options.cache)
+    rows = json.loads(options.out.read_text()) if options.out.is_file() else []
+    known = {(row["kind"], row["n"], row["seed"]) for row in rows}
+    for kind in options.kinds:
         for count in options.counts:
             for seed in range(options.seeds):
-                rows += run(data, kind, count, seed)
-            for place in ("in", "out"):
-                for recipe in RECIPES:
-                    some = [
-                        r for r in rows if (r["kind"], r["n"], r["set"], r["recipe"]) == (kind, count, place, recipe)
-                    ]
-                    cells = []
-                    for key in ("nll", "ece", "accuracy"):
-                        values = [r[key] for r in some]
-                        sd = statistics.stdev(values) if len(values) > 1 else float("nan")
-                        cells.append(f"{key} {statistics.mean(values):.3f} ± {sd:.3f}")
-                    precision = statistics.median(r["precision"] for r in some)
-                    print(
-                        f"{kind:6} n={count:<5} {place:3} {recipe:9} {'  '.join(cells)}  precision {precision:.3g}",
-                        flush=True,
-                    )
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
+                if (kind, count, seed) not in known:
+                    rows += run(data, kind, count, seed)
+                    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            table(rows, kind, count)
 
 
 if __name__ == "__main__":

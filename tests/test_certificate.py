@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import tiltlm as tl
-from tiltlm.diagnostics.certificate import prompt_bounds, upper_terms
+from tiltlm.diagnostics.certificate import acceptance, prompt_bounds, upper_terms
+from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
+from tiltlm.weights import group_count
 
 REPETITIONS = 200
 GATE = 0.95 - 3 * math.sqrt(0.95 * 0.05 / REPETITIONS)  # what 200 repetitions can tell from 95%
@@ -122,6 +124,30 @@ def test_without_exact_samples_there_is_no_upper_side(world):
     found = tl.certify(world.prior, cold, world.prompts, samples=16, exact_budget=2)
     assert found.log_z_upper is None
     assert any("got no exact posterior sample" in note and "raise exact_budget" in note for note in found.notes)
+
+
+def test_no_draws_are_spent_on_exact_samples_that_will_not_come(world, monkeypatch):
+    """Bounds far above the reward: acceptance is known from the prior's draws, and the budget would be wasted."""
+    from dataclasses import replace
+
+    wide = replace(world.target, evidence=replace(world.target.evidence, bounds=(-1.0, 40.0)))
+    prior_draws = wide.score(world.prior.draw(world.prompts, 64, torch.Generator().manual_seed(0)))
+    spent = []
+    monkeypatch.setattr(Rejection, "sample", lambda self, *args, **rest: spent.append(self.n))
+    found = tl.certify(world.prior, wide, world.prompts, samples=16, prior_draws=prior_draws)
+    assert not spent
+    assert found.log_z_upper is None
+    assert any("would be accepted as an exact posterior sample, so none was drawn" in note for note in found.notes)
+
+
+def test_acceptance_is_that_of_rejection(world):
+    prior_draws = world.target.score(world.prior.draw(world.prompts, 400, torch.Generator().manual_seed(1)))
+    expected = acceptance(world.target, prior_draws) * 400
+    weighted = [
+        Rejection().weigh(world.target, prior_draws, torch.Generator().manual_seed(i)).kept() for i in range(50)
+    ]
+    counts = torch.stack([group_count(w.scored.draws.prompt_index, len(world.prompts)) for w in weighted]).double()
+    assert ((counts.mean(0) - expected).abs() < 5 * (expected / 50).sqrt()).all()
 
 
 def test_a_single_exact_sample_is_enough_for_an_upper_bound():

@@ -1,8 +1,10 @@
 """Reward hacking: the fitted curve, the predicted peak and the alarm, each against what is known exactly."""
 
+import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tiltlm.diagnostics.alarm import LEVEL, look, planned_tests, window_lengths
 from tiltlm.diagnostics.frontier import PriorSample
 from tiltlm.diagnostics.gold import gold_frontier
 from tiltlm.diagnostics.overoptimisation import curve, fit_overoptimisation
-from tiltlm.diagnostics.tilt import tilt_jackknife, tilt_mean
+from tiltlm.diagnostics.tilt import best_of_n_mean, best_of_n_shares, tilt_jackknife, tilt_mean
 from tiltlm.evidence.gold import as_gold, gold_values
 from tiltlm.inference.watch import Watch, batch_stderr
 from tiltlm.lm.load import load
@@ -22,6 +24,7 @@ from tiltlm.posterior import exact as ex
 from tiltlm.records import Estimate
 from tiltlm.testing import language
 from tiltlm.testing.fixtures import sine_logit
+from tiltlm.workflow.samples import parts_moved
 
 KL = np.linspace(0.05, 6.0, 40)
 NOTHING = Estimate(0.0, 0.0, 1)
@@ -251,6 +254,37 @@ class TestPrediction:
         assert told >= 0.5 * runs
         assert peaks / told >= 0.9
 
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_best_of_n_by_listing_every_choice(self, n):
+        reward = torch.tensor(
+            [0.3, -1.0, 0.3, 2.0, -torch.inf], dtype=torch.float64
+        )  # with a tie and an impossible draw
+        shares = torch.zeros(5, dtype=torch.float64)
+        for chosen in itertools.product(range(5), repeat=n):
+            best = max(float(reward[i]) for i in chosen)
+            at_top = [i for i in range(5) if float(reward[i]) == best]
+            shares[at_top] += 1 / 5**n / len(at_top)
+        assert torch.allclose(best_of_n_shares(reward, n), shares, atol=1e-15)
+
+    def test_best_of_ns_gold_and_its_error(self):
+        """Of uniform draws whose gold is the reward: n / (n + 1), and the scatter over samples is the standard error."""
+        rng = torch.Generator().manual_seed(2)
+        found = [best_of_n_mean(r, r, 4) for r in torch.rand(300, 200, dtype=torch.float64, generator=rng)]
+        means, errors = torch.tensor(found, dtype=torch.float64).T
+        assert float(means.mean()) == pytest.approx(0.8, abs=0.005)
+        assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.15)
+        few = torch.rand(8, dtype=torch.float64, generator=rng)
+        assert math.isnan(best_of_n_mean(few, few, 2)[1])
+
+    def test_best_of_n_stands_beside_the_optimum(self, world, exacts):
+        found = tl.plan(world.target, world.prompts, samples=256, gold=gold_of)
+        point = found.gold.best_of_n[1]
+        laws = [(ex.best_of_n_law(e, 4), e, g) for e, g in exacts]
+        assert point.n == 4
+        assert point.proxy == pytest.approx(found.best_of_n[1].reward, abs=1e-12)
+        assert point.kl == pytest.approx(sum(ex.kl(q.log(), e.log_prior) for q, e, _ in laws) / len(laws), abs=0.02)
+        assert point.gold.value == pytest.approx(sum(float(q @ g) for q, _, g in laws) / len(laws), abs=0.03)
+
     def test_gold_that_is_the_proxy_has_no_peak(self, world):
         found = tl.plan(world.target, world.prompts, samples=64, gold=world.target.evidence)
         assert found.gold.peak is None
@@ -304,6 +338,30 @@ def rows_of(out):
 
 def untimed(rows):
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))} for row in rows]
+
+
+class TestParts:
+    def scored(self, world, rows, values):
+        draws = world.prior.draw(world.prompts.select([0, 1, 2]), 40, torch.Generator().manual_seed(0))
+        found = world.target.score(draws).select(torch.as_tensor(rows))
+        return replace(found, rewards={"part": torch.as_tensor(values, dtype=torch.float64)})
+
+    def test_the_change_is_taken_prompt_by_prompt(self, world):
+        """Prompts differ by far more than the policy changed; the interval is that of the changes, Student's t with 2 degrees."""
+        level = torch.tensor([0.0, 10.0, 20.0]).repeat_interleave(40)
+        change = torch.tensor([1.0, 1.1, 1.2]).repeat_interleave(40)
+        prior, policy = self.scored(world, range(120), level), self.scored(world, range(120), level + change)
+        found = parts_moved(prior, policy)["part"]
+        assert (found["prior"], found["policy"]) == (pytest.approx(10.0), pytest.approx(11.1))
+        half = 4.302653 * 0.1 / math.sqrt(3)
+        assert found["change"]["value"] == pytest.approx(1.1)
+        assert (found["change"]["low"], found["change"]["high"]) == pytest.approx((1.1 - half, 1.1 + half), abs=1e-5)
+
+    def test_prompts_without_draws_of_both_are_left_out(self, world):
+        prior, policy = self.scored(world, range(80), [1.0] * 80), self.scored(world, range(40, 120), [2.0] * 80)
+        found = parts_moved(prior, policy)["part"]
+        assert (found["prior"], found["policy"], found["change"]["value"]) == (1.0, 2.0, 1.0)
+        assert parts_moved(self.scored(world, range(40), [1.0] * 40), policy) == {}
 
 
 class Interrupted(Exception):

@@ -90,6 +90,20 @@ class TestGold:
         assert "Reward against length" in html
         assert "gold" not in numbers(place / "run/plan.json")
 
+    def test_what_became_of_each_part(self, cli, place, models):
+        parts = [{"part": "length", "weight": 0.1}, {"function": "rewards.py:an_e", "bounds": [0, 1]}]
+        write(place / "recipe.yaml", settings(models, reward=parts, bounds=None))
+        for command in ("plan", "train"):
+            assert cli(command, "recipe.yaml").code == 0
+        ended = cli("certify", "recipe.yaml")
+        line = r"\nan_e: 0\.\d+ under the prior, 0\.\d+ under the policy \([+-][\d.e-]+ \[.*\]\)\n"
+        assert re.search(line, ended.out)
+        assert "\nlength: " in ended.out
+        assert numbers(place / "run/hacking.json")["parts"].keys() >= {"length", "an_e"}
+        assert "\nan_e: " in cli("report", "run").out
+        assert "under the policy (" in (place / "run/report.html").read_text()
+        assert "under the policy (" not in cli("certify", "recipe.yaml", "--policy", "prior").out
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [

@@ -264,6 +264,16 @@ def test_an_ensemble_of_bootstrapped_heads():
         train_reward_model(comparisons(), trunk(), members=2, bootstrap=False)
 
 
+def test_a_trunk_remembers_as_many_texts_as_it_is_told():
+    small = trunk("bert", remember=2)
+    values = small.features(ANSWERS)
+    assert list(small.recent) == ["a quiet story of two friends who meet again", "bad"]
+    assert_close(small.features(ANSWERS), values, rtol=0, atol=1e-6)
+    assert not trunk(remember=0).features(ANSWERS).isnan().any()
+    with pytest.raises(InputError, match="remember is -1; give a number of texts"):
+        trunk(remember=-1)
+
+
 # --- trained trunks ---
 
 

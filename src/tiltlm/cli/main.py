@@ -106,7 +106,7 @@ def certify(
     with _draw_bars() as bars:
         certificate = _run(recipe, bars).certify(policy)
     say(str(certificate))
-    _print_hacking(recipe.folder)
+    _print_hacking(recipe.folder, parts=policy is None)
     write_result(json_file, certificate.as_dict())
 
 
@@ -255,7 +255,7 @@ def report(
     require_writable(json_file)
     page = write_report(run)
     console.print(summary_table(run))
-    _print_hacking(run)
+    _print_hacking(run, parts=True)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     found = {name: run / f"{name}.json" for name in ("plan", "certificate")}
     parts = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
@@ -276,12 +276,13 @@ def _run(recipe: Recipe, bars: DrawBars) -> Any:
     return run
 
 
-def _print_hacking(run: Path, certified: bool = True) -> None:
-    """What the held-out reward says, in two lines; nothing where there is none."""
+def _print_hacking(run: Path, certified: bool = True, parts: bool = False) -> None:
+    """What became of the reward's parts, and what the held-out reward says in two lines; nothing where there is none."""
     from tiltlm.report.folder import read_what_is_there
-    from tiltlm.report.hacking import hacking_lines
+    from tiltlm.report.hacking import hacking_lines, part_lines
 
-    for line in hacking_lines(read_what_is_there(run), certified):
+    found = read_what_is_there(run)
+    for line in [*(part_lines(found) if parts else []), *hacking_lines(found, certified)]:
         say(line)
 
 

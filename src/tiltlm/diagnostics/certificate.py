@@ -39,6 +39,8 @@ from tiltlm.weights import group_count, pareto_k
 
 ENOUGH = 2
 """Exact samples of a prompt that are enough: with one, the upper bound's error cannot be told."""
+HOPELESS = 0.01
+"""Exact samples that a budget must promise for all prompts together, or it is not spent: drawing costs as much as certifying."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,12 @@ def exact_samples(
         found.append(weighted.scored)
         counts = group_count(weighted.scored.draws.prompt_index, len(prompts))
         missing = [p for p in missing if counts[p] < ENOUGH]
+        promised = budget * acceptance(target, prior_draws.at(target.beta))[missing].sum()
+        if missing and budget > 0 and not len(weighted.scored) and promised < HOPELESS:
+            return None, [
+                f"no upper bound: of the prior's draws about 1 in {budget * len(missing) / max(float(promised), 1e-300):.0e} would be "
+                f"accepted as an exact posterior sample, so none was drawn for it; give the reward tighter bounds, or raise beta."
+            ]
     if missing and budget > 0:
         engine = Rejection(n=budget, samples=ENOUGH, round=min(64, budget))
         scored = engine.sample(target, prompts.select(missing), rng=rng).kept().scored
@@ -242,6 +250,15 @@ def exact_samples(
         f"no upper bound: {lacking} of {len(prompts)} prompts got no exact posterior sample from their prior draws; raise "
         f"exact_budget (now {budget}), or beta."
     ]
+
+
+def acceptance(target: Target, prior_draws: Scored) -> Float[Tensor, " P"]:
+    """How probably rejection accepts a prior draw of each prompt, as these draws tell: mean of exp(r / beta - upper bound)."""
+    bounds, draws = target.evidence.log_bounds, prior_draws.draws
+    assert bounds is not None
+    total = torch.zeros(len(draws.prompts), dtype=torch.float64)
+    total.index_add_(0, draws.prompt_index, (prior_draws.log_evidence.double() - bounds[1]).exp())
+    return total / group_count(draws.prompt_index, len(draws.prompts)).clamp(min=1)
 
 
 def _same_prompts(a: Prompts, b: Prompts) -> bool:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
 from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
-from tiltlm.diagnostics.tilt import Tilted, tilt, tilt_jackknife
+from tiltlm.diagnostics.tilt import Tilted, best_of_n_shares, tilt, tilt_jackknife
 from tiltlm.errors import InputError
 from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
 from tiltlm.records import Estimate, Interval, Prompts, Scored, shown
@@ -177,12 +177,9 @@ def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
 
     A draw's probability ratio to the prior is (F^n - F_-^n) / (F - F_-), equal for draws of the same reward.
     """
-    values, counts = reward.unique(return_counts=True)
-    share = counts.double() / len(reward)
-    upto = share.cumsum(0).clamp(max=1.0)
-    mass = upto**n - (upto - share).clamp(min=0) ** n
-    kl = torch.where(mass > 0, mass * (mass / share).log(), 0.0).sum()
-    return float(torch.where(mass > 0, mass * values, 0.0).sum()), float(kl)
+    shares = best_of_n_shares(reward, n)
+    kl = torch.where(shares > 0, shares * (shares * len(reward)).log(), 0.0).sum()
+    return float(torch.where(shares > 0, shares * reward, 0.0).sum()), float(kl)
 
 
 def plan(

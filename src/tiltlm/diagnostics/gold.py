@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltlm.diagnostics.predictions import FrontierPoint, over_prompts
-from tiltlm.diagnostics.tilt import tilt_mean
+from tiltlm.diagnostics.tilt import best_of_n_mean, best_of_n_shares, tilt_mean
 from tiltlm.errors import InputError
 from tiltlm.records import Interval, Scored
 
@@ -48,6 +48,24 @@ class GoldPoint:
 
 
 @dataclass(frozen=True)
+class GoldBestOfN:
+    """The held-out reward of best-of-n by the trained one, averaged over prompts; by the exact law on the prior's draws.
+
+    Attributes:
+        kl: KL to the prior in nats, ties taken into account.
+    """
+
+    n: int
+    gold: Interval
+    proxy: float
+    kl: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"n": self.n, "gold": self.gold.as_dict(), "proxy": self.proxy, "kl": self.kl}
+
+
+@dataclass(frozen=True)
 class GoldFrontier:
     """Proxy against gold along the frontier.
 
@@ -59,6 +77,7 @@ class GoldFrontier:
             around it whose slope may be 0; low is 0 where nothing bounds it from below. None where no peak can be told.
         best: the point nearest to the peak; without one, the trusted point of the largest predicted gold.
         sentence: what this means, in one line.
+        best_of_n: what best-of-n would make of gold, in the place of the optimum.
     """
 
     name: str
@@ -67,6 +86,7 @@ class GoldFrontier:
     peak: Interval | None
     best: GoldPoint | None
     sentence: str
+    best_of_n: tuple[GoldBestOfN, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{'beta':>8}  {'E r, trained on':>22}  {'E gold, held out':>22}  {'KL(p*||pi0)':>11}  {'ESS':>6}"]
@@ -86,6 +106,7 @@ class GoldFrontier:
             "peak_beta": self.peak.as_dict() if self.peak else None,
             "best": self.best.as_dict() if self.best else None,
             "sentence": self.sentence,
+            "best_of_n": [point.as_dict() for point in self.best_of_n],
         }
 
 
@@ -124,7 +145,18 @@ def gold_frontier(
     own = [(float(gold[row].mean()), float(gold[row].std()) / math.sqrt(int(row.sum()))) for row in rows]
     prior = over_prompts(own, fewest)
     peak, best, sentence = _peak(points, prior)
-    return GoldFrontier(name, prior, points, peak, best, sentence)
+    powers = [2**i for i in range(1, 12) if 2**i <= fewest // 2]
+    best_of = tuple(_best_of_n([(reward[row], gold[row]) for row in rows], n, fewest) for n in powers)
+    return GoldFrontier(name, prior, points, peak, best, sentence, best_of)
+
+
+def _best_of_n(prompts: Sequence[tuple[Tensor, Tensor]], n: int, fewest: int) -> GoldBestOfN:
+    """Best-of-n of each prompt's draws, given as rewards and gold."""
+    shares = [best_of_n_shares(reward, n) for reward, _ in prompts]
+    kl = [float(torch.where(s > 0, s * (s * len(s)).log(), 0.0).sum()) for s in shares]
+    proxy = [float(torch.where(s > 0, s * r, 0.0).sum()) for s, (r, _) in zip(shares, prompts, strict=True)]
+    gold = over_prompts([best_of_n_mean(reward, values, n) for reward, values in prompts], fewest)
+    return GoldBestOfN(n, gold, math.fsum(proxy) / len(proxy), math.fsum(kl) / len(kl))
 
 
 def _peak(points: Sequence[GoldPoint], prior: Interval) -> tuple[Interval | None, GoldPoint | None, str]:

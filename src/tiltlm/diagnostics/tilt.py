@@ -6,11 +6,15 @@ p*_beta: kappa(lambda) = log mean exp(lambda r), reward kappa'(lambda), KL(p* ||
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+BLOCKS = 16
+"""Blocks of draws that are left out in turn where leaving out every single draw would take too long."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,33 @@ def tilt_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], betas: F
         spread = ((n - 1) / n * (without - average).square().sum(0)).sqrt()
         results += [n * full - (n - 1) * average, spread]
     return TiltedMean(*results)
+
+
+def best_of_n_shares(reward: Float[Tensor, " N"], n: int) -> Float[Tensor, " N"]:
+    """Probability with which each draw of a sample is the best of n drawn from it with replacement; they sum to 1.
+
+    With F the distribution of the sample's rewards and F_- without the value itself, the value has F^n - F_-^n (Beirami et al.
+    2024), in equal parts for draws of the same reward.
+    """
+    _, place, counts = reward.unique(return_inverse=True, return_counts=True)
+    share = counts.double() / len(reward)
+    upto = share.cumsum(0).clamp(max=1.0)
+    mass = upto**n - (upto - share).clamp(min=0) ** n
+    return (mass / counts)[place]
+
+
+def best_of_n_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], n: int) -> tuple[float, float]:
+    """The mean of another quantity under best-of-n by `reward`, and its standard error by a jackknife over blocks of draws."""
+
+    def mean(r: Tensor, g: Tensor) -> Tensor:
+        return best_of_n_shares(r, n) @ g
+
+    blocks = torch.arange(len(reward)) % BLOCKS
+    if len(reward) < 2 * BLOCKS:
+        return float(mean(reward, values)), math.nan
+    left_out = torch.stack([mean(reward[blocks != b], values[blocks != b]) for b in range(BLOCKS)])
+    spread = (BLOCKS - 1) / BLOCKS * (left_out - left_out.mean()).square().sum()
+    return float(mean(reward, values)), math.sqrt(float(spread))
 
 
 def _moments(s0: Tensor, s1: Tensor, s2: Tensor, n: Tensor, peak: Tensor, betas: Tensor) -> Tilted:

@@ -32,7 +32,7 @@ from tiltlm.records import Text
 Answer = tuple[Text, str]
 """A prompt and what was answered."""
 RECENT = 4096
-"""Texts whose features a trunk remembers."""
+"""Texts whose features a trunk remembers, unless it is told another number."""
 
 
 Adaptation = LoRA | TopLayers | None
@@ -114,10 +114,12 @@ class Trunk:
 
     Attributes:
         weights: of the adaptation, by name; None for the base as it is.
+        remember: the most texts whose features are kept; those used longest ago go first.
     """
 
     base: _Base
     weights: Mapping[str, Tensor] | None = None
+    remember: int = RECENT
     recent: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -160,7 +162,7 @@ class Trunk:
     def adapted(self, adaptation: LoRA | TopLayers, seed: int) -> Trunk:
         """A trunk on the same base with new weights to train; before training its features are the base's."""
         self.base.prepare(adaptation)
-        return Trunk(self.base, self.base.fresh(seed))
+        return Trunk(self.base, self.base.fresh(seed), self.remember)
 
     def with_weights(self, adaptation: LoRA | TopLayers, weights: Mapping[str, Tensor]) -> Trunk:
         """A trunk on the same base with weights that were trained before.
@@ -173,7 +175,7 @@ class Trunk:
             raise InputError(
                 f"the saved weights do not fit {adaptation} on {self.name}; load them on the model they were trained on"
             )
-        return Trunk(self.base, dict(weights))
+        return Trunk(self.base, dict(weights), self.remember)
 
     def save_adapter(self, folder: Path) -> None:
         """Write a LoRA's weights in PEFT's format, for the model without its head: `AutoModel` and `PeftModel` load them."""
@@ -213,7 +215,7 @@ class Trunk:
         for text in texts:
             self.recent[text] = found[text]
             self.recent.move_to_end(text)
-        while len(self.recent) > RECENT:
+        while len(self.recent) > self.remember:
             self.recent.popitem(last=False)
         return torch.stack([found[text] for text in texts]) if texts else torch.zeros(0, self.width)
 
@@ -273,6 +275,7 @@ def load_trunk(
     dtype: str = "auto",
     device: str = "auto",
     name: str | None = None,
+    remember: int = RECENT,
 ) -> Trunk:
     """A trunk from a hub id, a folder, an embedded model, or a model in memory (which is taken over and frozen).
 
@@ -283,16 +286,19 @@ def load_trunk(
             a causal LM and the mean of an encoder.
         max_tokens: of a text; of a longer one the end is read. At most the model's context.
         name: what to load a model in memory from, later.
+        remember: the most texts whose features are kept in memory; several rewards on one set of draws want them all.
 
     Raises:
         InputError: if there is nothing to load under that name, or it is of another kind.
     """
     if max_tokens < 8:
         raise InputError(f"max_tokens is {max_tokens}; a text needs at least 8")
+    if remember < 0:
+        raise InputError(f"remember is {remember}; give a number of texts, or 0 to keep none")
     how: Any = None if pooling == "auto" else pooling
     body = load_pooled(model, tokenizer, pooling=how, dtype=dtype, device=device, name=name)
     limit = max_tokens if body.longest is None else min(max_tokens, body.longest)
-    return Trunk(_Base(body, limit, AdapterSwitch(body.model)))
+    return Trunk(_Base(body, limit, AdapterSwitch(body.model)), remember=remember)
 
 
 def _opening(tokenizer: Any) -> int:

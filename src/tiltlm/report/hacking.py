@@ -104,6 +104,20 @@ def hacking_lines(run: Run, certified: bool = True) -> list[str]:
     return [what + ".", second[:1].upper() + second[1:] + "."] if second else [what + "."]
 
 
+def part_lines(run: Run) -> list[str]:
+    """What became of each part of the evidence, a line a part; none where certify has not looked, or where there is one part."""
+    parts = (run.hacking or {}).get("parts") or {}
+    lines = []
+    for name, part in parts.items():
+        change = part["change"]
+        if len(parts) > 1 and all(finite(change[key]) is not None for key in ("value", "low", "high")):
+            by = f"{change['value']:+.3g} [{change['low']:.2g}, {change['high']:.2g}]"
+            lines.append(
+                f"{name}: {show(part['prior'], 3)} under the prior, {show(part['policy'], 3)} under the policy ({by})"
+            )
+    return lines
+
+
 def overoptimisation_figure(run: Run) -> go.Figure | None:
     """Proxy above and gold below over d = sqrt(KL): predicted, seen, fitted, and the peak."""
     if not has_gold(run):

@@ -91,6 +91,7 @@ def _hacking(run: Run) -> dict[str, Any] | None:
         "figure": embed(over) if over is not None else None,
         "legend": legend(over),
         "parts": parts,
+        "part_lines": hacking.part_lines(run),
         "length": embed(length) if length is not None else None,
         "length_legend": legend(length),
         "heaviest": hacking.heaviest(run),

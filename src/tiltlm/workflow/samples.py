@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from tiltlm.diagnostics.certificate import Certificate
 from tiltlm.diagnostics.degeneracy import length_correlation
+from tiltlm.diagnostics.predictions import over_prompts
 from tiltlm.evidence.gold import gold_name, gold_values
 from tiltlm.protocols import Evidence
 from tiltlm.records import Prompts, Scored, shown
@@ -53,12 +55,37 @@ def signs_of_hacking(target: Target, certificate: Certificate, prior: Scored, go
         },
         "draws": {kind: _dots(scored, target.beta) for kind, scored in (("prior", prior), ("policy", policy))},
         "heaviest": _heaviest(policy, target.beta, gold),
+        "parts": parts_moved(prior, policy),
     }
     if gold is not None and certificate.gold is not None:
         estimates = {"policy": certificate.gold, "prior": certificate.gold_prior}
         plain = {name: value.as_dict() for name, value in estimates.items() if value is not None}
         found["gold"] = {"name": gold_name(gold), **plain}
     return found
+
+
+def parts_moved(prior: Scored, policy: Scored) -> dict[str, dict[str, Any]]:
+    """What became of every part of the evidence, in its own units: its mean over prompts under prior and policy, and the change.
+
+    The change is taken prompt by prompt; its interval is for prompts like these. Prompts without draws of both are left out.
+    """
+    found = {}
+    shared = set(prior.draws.prompt_index.tolist()) & set(policy.draws.prompt_index.tolist())
+    for name in sorted(prior.rewards.keys() & policy.rewards.keys()):
+        values = [[_own(scored, name, prompt) for prompt in sorted(shared)] for scored in (prior, policy)]
+        changes = [(b - a, math.hypot(se_a, se_b)) for (a, se_a), (b, se_b) in zip(*values, strict=True)]
+        if not changes:
+            continue
+        fewest = min(int((scored.draws.prompt_index == p).sum()) for scored in (prior, policy) for p in shared)
+        before, after = (math.fsum(mean for mean, _ in side) / len(side) for side in values)
+        found[name] = {"prior": before, "policy": after, "change": over_prompts(changes, fewest).as_dict()}
+    return found
+
+
+def _own(scored: Scored, name: str, prompt: int) -> tuple[float, float]:
+    """One prompt's mean of a part, and its standard error."""
+    values = scored.rewards[name][scored.draws.prompt_index == prompt].double()
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _dots(scored: Scored, beta: float) -> list[dict[str, float]]:
