@@ -459,7 +459,7 @@ class TestCommand:
             (["in.jsonl", "out.jsonl", "--with", "swap", "--rate", "2"], "rate is 2.0; it is a share"),
             (["in.jsonl", "out.jsonl", "--with", "label-swap"], "column is 'label', but in.jsonl has the columns"),
             (["in.jsonl", "out.jsonl", "--with", "back-translation"], "needs two models; give --there and --back"),
-            (["no.jsonl", "out.jsonl", "--with", "swap"], "data 'no.jsonl': there is no such table"),
+            (["no.jsonl", "out.jsonl", "--with", "swap"], "data 'no.jsonl': there is no such file"),
         ],
     )
     def test_refusals(self, refused, file, arguments, message):

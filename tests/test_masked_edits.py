@@ -179,7 +179,7 @@ def test_substitutions_with_a_masked_lm_as_their_own_target_are_pseudo_gibbs():
 def test_the_masked_models_own_energy_is_a_target_like_any_other():
     """exp(Σ log P(x_t | others)) (Goyal et al. 2022, section 3), the prior's opinion taken out by Power(prior, 0)."""
     world, filled = fixture_b(), tabular_infiller(3)
-    energy = tl.Reward(tl.rewards.PseudoLogLikelihood(filled.masked, normalise=False), beta=1.0)
+    energy = tl.Reward(tl.rewards.PseudoLogLikelihood(filled.masked, normalise=False, empty=0.0), beta=1.0)
     target = Target(world.prior, Power(world.prior, 0.0) + energy)
     exact = ex.posterior(target, world.prompts)
     totals, _ = filled.masked.pseudo_log_likelihood(exact.scored.draws.texts)

@@ -632,7 +632,7 @@ def test_a_recipe_trains_certifies_and_resumes(kind, folders, cli):
     ended = cli("certify", "recipe.yaml")
     assert ended.code == 0, ended.err
     samples = json.loads(Path("run/samples.json").read_text())["prompts"]
-    named = {"t5": "a", "vit-gpt2": "data/0.png", "llava": "<image> a b"}
+    named = {"t5": "a", "vit-gpt2": "image 1", "llava": "<image> a b"}
     assert samples[0]["prompt"] == named[kind]
 
 
@@ -653,7 +653,7 @@ def test_an_unseen_image_is_named_with_its_row(folders, refused):
         *("plan", "--model", "vit-gpt2", "--prompts", "data/vit-gpt2.jsonl", "--reward", "rewards.py:good"),
         *("--max-new-tokens", 3, "--out", "run"),
     )
-    assert "prompt 2: there is no image '1.png'" in message
+    assert "row 2 of data/vit-gpt2.jsonl has the image '1.png', and there is no file" in message
 
 
 def test_the_sampler_takes_prompts(rng):
