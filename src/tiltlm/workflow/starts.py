@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tiltlm.errors import InputError
 
@@ -25,5 +26,5 @@ def model_of(source: str, progress: NewBar | None = None) -> str:
     name, _, size = source.removeprefix(PREFIX).partition("/")
     if size not in ("", "quick"):
         raise InputError(f"model is {source!r}; after the start's name there may be /quick and nothing else")
-    data = load(find_task(name).data)
+    data: Any = load(find_task(name).data)
     return str(train_start(name, data["train"], data["validation"], quick=bool(size), progress=progress).folder)

@@ -22,7 +22,7 @@ from torch import Generator
 
 from tiltlm.diagnostics.certificate import certify
 from tiltlm.errors import InputError
-from tiltlm.evaluation import DistinctN, System, TaskTable, evaluate_systems
+from tiltlm.evaluation import DistinctN, PassAtK, System, TaskTable, evaluate_systems
 from tiltlm.evaluation.systems import Completions
 from tiltlm.inference.catalogue import decoding_engines, make_trainer
 from tiltlm.inference.decoding.budget import within
@@ -122,8 +122,20 @@ class TaskRun:
     @cached_property
     def metrics(self) -> list[Any]:
         """The recipe's metrics, and how different a prompt's completions are."""
-        parts = [reward_of([dict(part)], self._first.lm)[0] for part in self.recipe.metrics]
+        parts = [self._metric(dict(settings)) for settings in self.recipe.metrics]
         return [*parts, DistinctN(2), Length()]
+
+    def _metric(self, settings: dict[str, Any]) -> Any:
+        """A part by name; `pass-at-k` is of another part."""
+        if settings.get("part") != "pass-at-k":
+            return reward_of([settings], self._first.lm, what="metrics")[0]
+        if not isinstance(settings.get("of"), Mapping):
+            raise InputError(
+                "metrics: pass-at-k needs the part that tells right from wrong, of: {part: exact-match, column: …}"
+            )
+        return PassAtK(
+            int(settings.get("k", self.draws)), reward_of([dict(settings["of"])], self._first.lm, what="metrics")[0]
+        )
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
@@ -151,7 +163,7 @@ class TaskRun:
         if method not in METHODS:
             raise InputError(f"method is {method!r}; choose {', '.join(METHODS)}")
         file = self.folder / "task" / f"{method.replace('/', '-then-')}-{seed}.json"
-        key = self._key(method, seed)
+        key = self.key(method, seed)
         if (kept := _kept(file, key)) is not None:
             return kept
         found = METHODS[method](_Bench(self, self.run(seed), method, seed))
@@ -159,7 +171,8 @@ class TaskRun:
         write_json(file, {"key": key, **asdict(found)})
         return found
 
-    def _key(self, method: str, seed: int) -> str:
+    def key(self, method: str, seed: int) -> str:
+        """What a method's completions depend on, as a hash."""
         settings = self.recipe.model_dump() | {"out": None, "seed": seed, "beta": self.beta}
         parts = [method, self.draws, settings, [str(row) for row in self.test_rows]]
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
@@ -255,14 +268,20 @@ class _Bench:
     def policy(self) -> tuple[Any, float]:
         """The policy of the recipe's own engine, trained unless its folder has it."""
         folder, began = self.of.recipe.folder, time.perf_counter()
-        times = folder / "seconds.json"
-        if not (folder / "policy" / "tiltlm.json").is_file() or not times.is_file():
-            resume = (folder / "checkpoints").is_dir()
-            self.of.train(
-                resume=resume, monitor=Monitor(console=self.task.console, out=folder, what=f"policy, seed {self.seed}")
+        facts, key = folder / "task.json", self.task.key("policy", self.seed)
+        known = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
+        if known["key"] != key:
+            raise InputError(
+                f"{folder} holds a policy that was trained with other settings; give this run a folder of its own with --out"
             )
-            write_json(times, {"training": time.perf_counter() - began})
-        return self.of.sampler(None), float(json.loads(times.read_text())["training"])
+        if "training" not in known:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(facts, known)  # before the training, so that one that is cut off knows whose it is
+            monitor = Monitor(console=self.task.console, out=folder, what=f"policy, seed {self.seed}")
+            self.of.train(resume=(folder / "checkpoints").is_dir(), monitor=monitor)
+            known["training"] = time.perf_counter() - began
+            write_json(facts, known)
+        return self.of.sampler(None), float(known["training"])
 
     def _reporting(self, sampler: Any) -> Any:
         if self.task.progress is None:

@@ -1,0 +1,119 @@
+"""`tiltlm task`: the packaged applications, and a recipe of one's own, from its data to a table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiltlm as tl
+from conftest import settings, write
+from tiltlm.cli.options import recipe_command
+from tiltlm.rewards.catalogue import make_part
+from tiltlm.tasks import about, task_recipe, tasks
+from tiltlm.workflow.recipe import quickened, read_recipe
+from tiltlm.workflow.task import METHODS
+from tiltlm.workflow.templates import templated
+
+ROWS = [("the film", "a good one"), ("a quiet story", "it is dull"), ("two friends", "they meet")]
+
+
+@pytest.fixture
+def own(here, models):
+    """A recipe with a test set and metrics, on the small random model."""
+    lines = [json.dumps({"prompt": p, "reference": r, "kind": "film"}) for p, r in ROWS]
+    (here / "train.jsonl").write_text("\n".join(lines))
+    (here / "test.jsonl").write_text("\n".join(lines[:2]))
+    changes = {"prompts": "train.jsonl", "test": "test.jsonl", "steps": 2, "template": "{{ kind }}: {{ prompt }}"}
+    metrics = [{"part": "chrf", "column": "reference"}, {"part": "repetition"}]
+    return write(here / "own.yaml", settings(models, **changes, metrics=metrics, quick={"steps": 1}))
+
+
+class TestTable:
+    def test_every_method_with_two_seeds(self, cli, here, own):
+        ended = cli("task", own, "--table", "--seeds", 2, "--draws", 4, "--json", "t.json")
+        assert ended.code == 0, ended.err
+        found = json.loads((here / "t.json").read_text())
+        assert [system["name"] for system in found["systems"]] == list(METHODS)
+        assert all(system["seeds"] == 2 and system["seconds"] > 0 for system in found["systems"])
+        assert found["metrics"][:2] == ["chrf", "repetition"]
+        assert found["prompts"] == 2
+        by_name = {system["name"]: system["metrics"] for system in found["systems"]}
+        assert by_name["prior"]["KL to prior"]["value"] == pytest.approx(0, abs=1e-5)
+        assert "KL to prior" in by_name["policy"]
+        assert "KL to prior" not in by_name["smc"]
+        bounds = {o["method"]: o["kl_posterior"] for o in found["outcomes"]}
+        assert bounds["policy"]["low"] <= bounds["policy"]["high"]
+        assert bounds["best-of-n"] is None
+        assert (here / "run" / "task.html").stat().st_size > 1000
+        assert (here / "run" / "seed-1" / "policy").is_dir()
+
+    def test_what_is_done_is_not_done_again(self, cli, here, own):
+        flags = ["task", own, "--methods", "prior,policy", "--draws", 4]
+        assert cli(*flags).code == 0
+        kept = {file: file.stat().st_mtime_ns for file in (here / "run").rglob("*.json") if "task" in file.parts}
+        (here / "run" / "task" / "policy-0.json").write_text("{")  # as a kill in the middle of writing leaves it
+        assert cli(*flags).code == 0
+        again = json.loads((here / "run" / "task" / "policy-0.json").read_text())
+        assert len(again["texts"]) == 2
+        prior = here / "run" / "task" / "prior-0.json"
+        assert prior.stat().st_mtime_ns == kept[prior]
+        other = cli(*flags, "--beta", 0.5)
+        assert other.code == 2
+        assert "trained with other settings" in other.err
+
+    def test_refusals(self, refused, here, own):
+        assert "method is 'ppo'" in refused("task", own, "--methods", "ppo")
+        assert "did you mean 'translation'" in refused("task", "translaton")
+        assert "test is missing" in refused("task", "recipe.yaml")
+        write(here / "bad.yaml", yaml.safe_load(own.read_text()) | {"quick": {"stepz": 1}})
+        assert "quick: unknown key 'stepz'" in refused("task", "bad.yaml", "--quick")
+
+
+class TestPackaged:
+    def test_the_five_are_there(self, cli):
+        assert list(tasks()) == ["captions", "generation", "qa", "summary", "translation"]
+        out = cli("task").out
+        assert all(name in out for name in tasks())
+
+    @pytest.mark.parametrize("name", tasks())
+    def test_their_recipes_hold(self, name):
+        recipe = read_recipe(task_recipe(name), {})
+        quick = quickened(recipe)
+        assert quick.out == f"{recipe.out}-quick"
+        assert quick.steps < recipe.steps
+        assert recipe.test != recipe.prompts
+        assert about(name)
+        link = Path("recipes") / f"{name}.yaml"
+        assert link.resolve() == task_recipe(name).resolve()
+        for part in [*recipe.reward, *recipe.metrics]:
+            if part["part"] != "pass-at-k":
+                kept = {key: value for key, value in part.items() if key not in ("part", "weight", "of")}
+                make_part(part["part"], kept, "smollm2-135m-instruct")
+
+    def test_a_task_by_name_takes_flags(self):
+        taken = []
+        command = recipe_command("Run", find=task_recipe)(lambda recipe: taken.append(recipe))  # noqa: PLW0108  its parameter's name counts
+        command(recipe="qa", out="elsewhere", seed=None)
+        assert taken[0].out == "elsewhere"
+
+
+class TestTemplates:
+    def test_columns_make_the_prompt(self):
+        rows = templated([{"prompt": "2 + 2", "hint": "four"}], "Q: {{ prompt }} ({{ hint }})\nA:", "prompt")
+        assert rows == [{"prompt": "Q: 2 + 2 (four)\nA:", "hint": "four"}]
+        assert templated(["x"], "Q: {{ prompt }}", "prompt") == [{"prompt": "Q: x"}]
+        assert templated(["x"], None, "prompt") == ["x"]
+
+    @pytest.mark.parametrize(
+        ("template", "says"),
+        [
+            ("{{ prompt", "template is no Jinja2 template"),
+            ("Q:", "names no column"),
+            ("{{ answer }}", "names the column 'answer', but row 1 has prompt"),
+            ("{{ prompt.a.b }}", "does not fit row 1"),
+        ],
+    )
+    def test_refusals(self, template, says):
+        with pytest.raises(tl.InputError, match=says):
+            templated(["x"], template, "prompt")
