@@ -8,7 +8,7 @@ judged on other IMDB reviews and on the one-sentence reviews of Rotten Tomatoes.
 - evidence: the prior that the marginal likelihood chooses, predicting by the mean;
 - Bayes:    the same, averaged over the posterior.
 
-    python bench/reward_calibration.py --cache /tmp/films --seeds 5
+    python bench/reward_calibration.py --cache films-cache --seeds 5
 
 The tables in docs/reward-models.md are made of `bench/results/reward_calibration.json`.
 """
@@ -124,7 +124,7 @@ def table(rows: list[dict], kind: str, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/films"))
+    parser.add_argument("--cache", type=Path, default=Path("films-cache"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--kinds", nargs="+", default=["labels", "pairs"], choices=["labels", "pairs"])

@@ -158,9 +158,16 @@ def large(completions):
 """
 
 
+OURS = "TILTLM_TESTS_OF"
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    """After every test: no child of this process, and nobody who carries a worker's mark."""
+def nothing_is_left(monkeypatch):
+    """After every test: no child of this process, and nobody who carries a worker's mark and comes from here.
+
+    What a test starts inherits `OURS`; another process of pytest-xdist, which may run this file too, has another value.
+    """
+    monkeypatch.setenv(OURS, str(os.getpid()))
     yield
     gc.collect()
     _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)  # a busy machine reaps late
@@ -172,7 +179,9 @@ def marked():
     found = []
     for process in psutil.process_iter():
         try:
-            if MARK in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            environment = process.environ()
+            own = MARK in environment and environment.get(OURS) == str(os.getpid())
+            if own and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             pass
