@@ -269,7 +269,7 @@ class _Bench:
         """The policy of the recipe's own engine, trained unless its folder has it."""
         folder, began = self.of.recipe.folder, time.perf_counter()
         facts, key = folder / "task.json", self.task.key("policy", self.seed)
-        known = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
+        known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
         if known["key"] != key:
             raise InputError(
                 f"{folder} holds a policy that was trained with other settings; give this run a folder of its own with --out"
