@@ -556,7 +556,9 @@ def films(count, source, seed=0):
 @pytest.mark.parametrize("name", ["all-minilm-l6-v2", "smollm2-135m-instruct"])
 def test_real_trunks_learn_sentiment(name, tmp_path):
     rows = films(160, "rotten_tomatoes")
-    model = train_reward_model(rows[:120], load_trunk(name, max_tokens=64), folder=tmp_path)
+    # SmolLM2's state at the end token says nothing that 120 reviews could teach (a warning says so); its mean does
+    trunk = load_trunk(name, max_tokens=64, pooling="mean", dtype="float32")  # bfloat16 rounds as the batch falls
+    model = train_reward_model(rows[:120], trunk, folder=tmp_path)
     print(check_reward_model(model, rows[120:]))
     assert check_reward_model(model, rows[120:]).accuracy.value > 0.55
     again = RewardModel.load(tmp_path)
