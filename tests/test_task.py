@@ -62,6 +62,17 @@ class TestTable:
         assert other.code == 2
         assert "trained with other settings" in other.err
 
+    def test_other_metrics_need_no_new_draws_and_another_reward_does(self, cli, here, own):
+        flags = ["--methods", "prior,policy", "--draws", 4, "--json", "t.json"]
+        assert cli("task", own, *flags).code == 0
+        kept = {file: file.stat().st_mtime_ns for file in (here / "run" / "task").iterdir()}
+        write(own, yaml.safe_load(own.read_text()) | {"metrics": [{"part": "length"}]})
+        assert cli("task", own, *flags).code == 0
+        assert "chrf" not in json.loads((here / "t.json").read_text())["metrics"]
+        assert kept == {file: file.stat().st_mtime_ns for file in (here / "run" / "task").iterdir()}
+        (here / "rewards.py").write_text((here / "rewards.py").read_text() + "\n# another\n")
+        assert "trained with other settings" in cli("task", own, *flags).err
+
     def test_refusals(self, refused, here, own):
         assert "method is 'ppo'" in refused("task", own, "--methods", "ppo")
         assert "did you mean 'translation'" in refused("task", "translaton")

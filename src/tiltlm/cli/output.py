@@ -18,7 +18,7 @@ def say(text: object, *, style: str = "", aside: bool = False) -> None:
     Args:
         aside: to stderr, for what is not the result.
     """
-    (stderr if aside else console).print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+    (stderr if aside else console).print(str(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def require_writable(*files: Path | None) -> None:

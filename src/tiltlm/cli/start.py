@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tiltlm.cli.bars import draw_bars
+from tiltlm.cli.options import Json
+from tiltlm.cli.output import require_writable, say, stderr, write_result
 
 
 def start(
@@ -33,21 +34,17 @@ def start(
     out: Annotated[
         Path | None, typer.Option(help="also put the model into this new folder", show_default=False)
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Train a small model from scratch, in minutes; an interrupted training goes on, and a finished one is in the cache."""
     from tiltlm.lm.load import quieten
-    from tiltlm.workflow.files import require_writable_file, write_json
     from tiltlm.workflow.start import start_from
 
-    if json_file is not None:
-        require_writable_file(json_file)
+    require_writable(json_file)
     quieten()
     given = {"seconds": seconds, "steps": steps, "lr": lr, "width": width, "layers": layers}
     changes = {key: value for key, value in given.items() if value is not None}
-    with draw_bars(Console(stderr=True)) as bars:
+    with draw_bars(stderr) as bars:
         found = start_from(
             name,
             data=data,
@@ -59,6 +56,5 @@ def start(
             progress=bars.bar,
             **changes,
         )
-    Console().print(str(found), highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, {**asdict(found), "folder": str(found.folder)})
+    say(found)
+    write_result(json_file, {**asdict(found), "folder": str(found.folder)})

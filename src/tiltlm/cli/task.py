@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from tiltlm.cli.bars import draw_bars
-from tiltlm.cli.options import recipe_command
+from tiltlm.cli.options import Json, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
 from tiltlm.tasks import about, task_recipe, tasks
 from tiltlm.workflow.recipe import Recipe, quickened
@@ -42,9 +42,7 @@ def task(
     draws: Annotated[int, typer.Option(min=2, help="completions of each test prompt")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="half a minute, to see that everything runs")] = False,
     show: Annotated[bool, typer.Option("--show", help="print the recipe and stop")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="also write the table to this file", show_default=False)
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Run an application: train on its data, and judge prior and policy on the untouched test set."""
     from tiltlm.lm.load import quieten

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +25,9 @@ class _SacreBLEU(AgainstReference):
     extent: ClassVar[Bounds] = (0.0, 1.0)
 
     @property
+    @abstractmethod
     def _metric(self) -> Any:
-        raise NotImplementedError
+        """sacrebleu's, of a sentence."""
 
     @property
     def _corpus_metric(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,17 @@ def read_policy(folder: Path, prior: ModelPrior, dtype: str, device: str) -> Any
     raise InputError(
         f"{str(folder)!r} holds neither an adapter, nor a critic, nor a model; run tiltlm train first, or give its folder"
     )
+
+
+def policy_folder(run: Path, policy: str | None) -> Path | None:
+    """Where a policy is: the run's own (None), another folder; the prior ("prior") has none."""
+    if policy == "prior":
+        return None
+    return Path(policy) if policy is not None else run / "policy"
+
+
+def trained_beta(folder: Path | None) -> float | None:
+    """The temperature that a policy was trained at, if its folder says so."""
+    if folder is None or not (folder / "tiltlm.json").is_file():
+        return None
+    return float(json.loads((folder / "tiltlm.json").read_text())["beta"])

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -40,13 +39,13 @@ from tiltlm.target import Target
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.moments import load_moments, solve_moments
-from tiltlm.workflow.policies import read_policy
+from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
 from tiltlm.workflow.recipe import Recipe
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import side_by_side, signs_of_hacking
 from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
-from tiltlm.workflow.starts import model_of
+from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
 
 Progress = Callable[[str, int], Callable[[int], None]]
@@ -107,6 +106,11 @@ class Run:
     def _reward(self) -> tuple[TextFunction, str] | None:
         """Checked, with a hash of its code; parts that need the recipe's model have only its name."""
         return None if self.recipe.reward is None else reward_of(self.recipe.reward, self.recipe.model, self._load)
+
+    @property
+    def reward_code(self) -> str:
+        """A hash of what the reward is made of."""
+        return "" if self._reward is None else self._reward[1]
 
     @cached_property
     def _reward_function(self) -> TextFunction:
@@ -230,8 +234,8 @@ class Run:
         return drawing.draw(self.prompts, r.samples, Generator().manual_seed(r.seed))
 
     def _draws_key(self) -> str:
-        r, code = self.recipe, self._reward[1] if self._reward is not None else ""
-        return self._key(r.samples, r.seed, r.reward, code, self._matched.identity if r.moments else None)
+        r = self.recipe
+        return self._key(r.samples, r.seed, r.reward, self.reward_code, self._matched.identity if r.moments else None)
 
     def _key(self, *parts: Any) -> str:
         """A hash of the prior, the prompts and what else something depends on."""
@@ -314,7 +318,8 @@ class Run:
         r = self.recipe
         require_writable_folder(r.folder)
         sampler = self.sampler(policy)
-        beta = self._trained_beta(policy)
+        trained = trained_beta(policy_folder(r.folder, policy))
+        beta = trained if r.beta is None and trained is not None else self.chosen_beta()
         target = self.target(beta)
         prior_draws = self._prior_draws(beta)
         certificate = certify(
@@ -335,21 +340,9 @@ class Run:
             write_text(r.folder / "policy" / "README.md", model_card(r.folder))
         return certificate
 
-    def _trained_beta(self, policy: str | None) -> float:
-        """The temperature the policy was trained at, if it says so, unless the recipe names one."""
-        place = self._policy_folder(policy)
-        if self.recipe.beta is None and place is not None and (place / "tiltlm.json").is_file():
-            return float(json.loads((place / "tiltlm.json").read_text())["beta"])
-        return self.chosen_beta()
-
-    def _policy_folder(self, policy: str | None) -> Path | None:
-        if policy == "prior":
-            return None
-        return Path(policy) if policy is not None else self.recipe.folder / "policy"
-
     def sampler(self, policy: str | None) -> Any:
         """The run's policy, that of another folder, or the prior ("prior")."""
-        folder = self._policy_folder(policy)
+        folder = policy_folder(self.recipe.folder, policy)
         return self.prior if folder is None else read_policy(folder, self.prior, self.recipe.dtype, self.recipe.device)
 
     def _write_samples(self, target: Target, prior_draws: Scored, certificate: Certificate) -> None:

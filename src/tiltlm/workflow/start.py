@@ -1,4 +1,4 @@
-"""What `tiltlm start` does: rows by name or from files, and a start trained on them."""
+"""What `tiltlm start` does: rows by name or from files, and a start trained on them; and a start as a recipe's model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ from tiltlm.errors import InputError
 from tiltlm.start import Started, train_start
 from tiltlm.start.tasks import find_task
 from tiltlm.workflow.inputs import read_rows
+
+PREFIX = "start:"
+"""Before a start's name, where a recipe names its model."""
+
+
+def model_of(source: str, progress: Any = None) -> str:
+    """What to load: the folder of `start:NAME` or `start:NAME/quick`, trained on its data unless the cache has it; else the source.
+
+    Raises:
+        InputError: for a start that is not there.
+    """
+    if not source.startswith(PREFIX):
+        return source
+    name, _, size = source.removeprefix(PREFIX).partition("/")
+    if size not in ("", "quick"):
+        raise InputError(f"model is {source!r}; after the start's name there may be /quick and nothing else")
+    return str(start_from(name, quick=bool(size), progress=progress).folder)
 
 
 def start_from(

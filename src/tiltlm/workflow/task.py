@@ -172,10 +172,18 @@ class TaskRun:
         return found
 
     def key(self, method: str, seed: int) -> str:
-        """What a method's completions depend on, as a hash."""
-        settings = self.recipe.model_dump() | {"out": None, "seed": seed, "beta": self.beta}
-        parts = [method, self.draws, settings, [str(row) for row in self.test_rows]]
-        return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+        """What a method's completions depend on, as a hash: not the metrics, which are taken anew."""
+        return _hash(self.training_key(seed), method, self.draws, [str(row) for row in self.test_rows])
+
+    def training_key(self, seed: int) -> str:
+        """What the recipe's policy depends on, as a hash."""
+        apart = {"out", "metrics", "quick", "test", "trackers"}
+        settings = self.recipe.model_dump(exclude=apart) | {"seed": seed, "beta": self.beta}
+        return _hash(settings, self._first.reward_code, [str(row) for row in self._first.rows])
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def _kept(file: Path, key: str) -> Outcome | None:
@@ -268,7 +276,7 @@ class _Bench:
     def policy(self) -> tuple[Any, float]:
         """The policy of the recipe's own engine, trained unless its folder has it."""
         folder, began = self.of.recipe.folder, time.perf_counter()
-        facts, key = folder / "task.json", self.task.key("policy", self.seed)
+        facts, key = folder / "task.json", self.task.training_key(self.seed)
         known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
         if known["key"] != key:
             raise InputError(
