@@ -19,7 +19,7 @@ from tiltlm.lm.scratch.efficientnet_lite import (
 )
 from tiltlm.lm.scratch.pairs import Pairs, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
-from tiltlm.start import TASKS, Schedule, supervised, training
+from tiltlm.start import STARTS, Schedule, supervised, training
 
 WORDS = {"a red": "une rouge", "a blue": "une bleue", "two red": "deux rouges"}
 THINGS = {"house": "maison", "table": "table", "door": "porte", "car": "voiture", "apple": "pomme"}
@@ -82,8 +82,10 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed():
 
 def test_the_loss_is_transformers_own_and_padding_does_not_count():
     tokenizer = train_tokenizer([row["prompt"] for row in PAIRS], 300)
-    task = TASKS["translation"]
-    model = supervised.make_translator(supervised.replace(task.size, width=16, heads=2), tokenizer, 0).eval().double()
+    start = STARTS["translation"]
+    model = (
+        supervised.make_translator(supervised.replace(start.size, width=16, heads=2), tokenizer, 32, 0).eval().double()
+    )
     sources, targets = [[5, 6, 1], [7, 8, 9, 10, 1]], [[11, 1], [12, 13, 14, 1]]
     pairs = Pairs(sources, targets, tokenizer.pad_token_id)
     total, tokens = token_loss(model, pairs, [0, 1])

@@ -6,8 +6,8 @@ folder; `tiltlm start` is the same on the command line.
 
 from __future__ import annotations
 
+from tiltlm.start.catalogue import STARTS, Start
 from tiltlm.start.supervised import Started, read_start, train_start
-from tiltlm.start.tasks import TASKS, Task
 from tiltlm.start.training import Schedule
 
-__all__ = ["TASKS", "Schedule", "Started", "Task", "read_start", "train_start"]
+__all__ = ["STARTS", "Schedule", "Start", "Started", "read_start", "train_start"]

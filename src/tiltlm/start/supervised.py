@@ -22,7 +22,7 @@ from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientn
 from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, mixed_precision, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
-from tiltlm.start.tasks import Rows, Task, columns_of, find_task
+from tiltlm.start.catalogue import Rows, Start, columns_of, find_start
 from tiltlm.start.training import Schedule
 
 FORMAT = 2
@@ -73,7 +73,7 @@ class Started:
 
 
 def train_start(
-    name: str | Task,
+    name: str | Start,
     train: Rows,
     validation: Rows,
     *,
@@ -97,13 +97,13 @@ def train_start(
     Raises:
         InputError: for rows or settings that cannot be used, or a folder that cannot be written.
     """
-    task = _changed(find_task(name) if isinstance(name, str) else name, quick, changes)
+    start = _changed(find_start(name) if isinstance(name, str) else name, quick, changes)
     place = None if out is None else _free(Path(out))
-    data = columns_of(task, train, "train"), columns_of(task, validation, "validation")
-    key = _key(task, data)
-    folder = cache_folder() / "starts" / f"{task.name}-{key}"
+    data = columns_of(start, train, "train"), columns_of(start, validation, "validation")
+    key = _key(start, data)
+    folder = cache_folder() / "starts" / f"{start.name}-{key}"
     if not (folder / FACTS).is_file():
-        _make(task, data, folder, key, progress or (lambda what, count: lambda done: None))
+        _make(start, data, folder, key, progress or (lambda what, count: lambda done: None))
     if place is not None:
         _appear(place, lambda unfinished: shutil.copytree(folder, unfinished, dirs_exist_ok=True))
         folder = place
@@ -132,11 +132,11 @@ class _Bench:
     too_long: int
 
 
-def _make(task: Task, data: Any, folder: Path, key: str, progress: NewBar) -> None:
+def _make(start: Start, data: Any, folder: Path, key: str, progress: NewBar) -> None:
     """Train, judge and save."""
     work = folder.with_name(f".{folder.name}.work")
-    bench = _bench(task, data, progress)
-    schedule, model = task.schedule, bench.model
+    bench = _bench(start, data, progress)
+    schedule, model = start.schedule, bench.model
     batches = bench.judge.batches(schedule.batch_tokens)
 
     def validate() -> float:
@@ -155,20 +155,20 @@ def _make(task: Task, data: Any, folder: Path, key: str, progress: NewBar) -> No
         schedule,
         folder=work,
         key=key,
-        progress=_in_percent(progress(f"training ({task.name})", PERCENT)),
+        progress=_in_percent(progress(f"training ({start.name})", PERCENT)),
     )
     texts = greedy(
         model,
         bench.tokenizer,
         bench.judge,
-        longest=task.longest_target,
+        longest=start.longest_target,
         progress=progress("judging", len(bench.judge)),
     )
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     facts = {
-        "start": task.name,
+        "start": start.name,
         "loss": state.best,
-        "metrics": dict(task.metrics(texts, bench.references, bench.sources)),
+        "metrics": dict(start.metrics(texts, bench.references, bench.sources)),
         "parameters": sum(value.numel() for value in model.parameters()),
         "trained": trained,
         "steps": state.step,
@@ -176,7 +176,7 @@ def _make(task: Task, data: Any, folder: Path, key: str, progress: NewBar) -> No
         "seconds": state.seconds,
         "rows": [len(bench.learn), len(bench.judge)],
         "too_long": bench.too_long,
-        "settings": _settings(task),
+        "settings": _settings(start),
         "curve": state.curve,
         "examples": [
             {"text": text, "reference": reference}
@@ -187,22 +187,23 @@ def _make(task: Task, data: Any, folder: Path, key: str, progress: NewBar) -> No
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
+def _bench(start: Start, data: Any, progress: NewBar) -> _Bench:
     """Tokenizer, model and tokenised rows."""
     (sources, references), (judged, truths) = data
     judged, truths = judged[:JUDGED], truths[:JUDGED]
-    reads_text = task.reads == "prompt"
-    tokenizer = train_tokenizer([*sources, *references] if reads_text else references, task.vocabulary)
-    seed = task.schedule.seed
+    reads_text = start.reads == "prompt"
+    tokenizer = train_tokenizer([*sources, *references] if reads_text else references, start.vocabulary)
+    seed = start.schedule.seed
     pad: Any = tokenizer.pad_token_id
     processor: Any = None
     encoder: Any = None
     if reads_text:
-        model = make_translator(task.size, tokenizer, seed)
+        model = make_translator(start.size, tokenizer, 2 * max(start.longest_source, start.longest_target), seed)
     else:
         processor, encoder = image_processor(IMAGE_SIZE), load_efficientnet_lite(IMAGE_SIZE, STAGES)
-        model = make_captioner(task.size, encoder, tokenizer, task.longest_target, seed)
+        model = make_captioner(start.size, encoder, tokenizer, start.longest_target, seed)
     bar = progress("reading", len(sources) + len(judged))
+    limits = f"{start.longest_source} tokens of source or {start.longest_target} of target"
     parts, too_long = [], 0
     for some, texts in ((sources, references), (judged, truths)):
         targets = tokenizer(list(texts))["input_ids"]
@@ -210,13 +211,11 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
         kept = [
             k
             for k, target in enumerate(targets)
-            if len(target) <= task.longest_target and (read is None or len(read[k]) <= task.longest_source)
+            if len(target) <= start.longest_target and (read is None or len(read[k]) <= start.longest_source)
         ]
         too_long += len(targets) - len(kept)
         if not kept:
-            raise InputError(
-                f"every row is longer than {task.longest_source} tokens of source or {task.longest_target} of target; give shorter ones"
-            )
+            raise InputError(f"every row is longer than {limits}; give shorter ones")
         states = (
             [read[k] for k in kept]
             if read is not None
@@ -225,11 +224,7 @@ def _bench(task: Task, data: Any, progress: NewBar) -> _Bench:
         parts.append((kept, Pairs(states, [targets[k] for k in kept], pad)))
     (_, learn), (kept, judge) = parts
     if too_long:
-        warnings.warn(
-            f"{too_long} rows are longer than {task.longest_source} tokens of source or {task.longest_target} of target and were left out",
-            TiltWarning,
-            stacklevel=4,
-        )
+        warnings.warn(f"{too_long} rows are longer than {limits} and were left out", TiltWarning, stacklevel=4)
     texts = [judged[k] if reads_text else "" for k in kept]
     return _Bench(model, tokenizer, processor, learn, judge, texts, [truths[k] for k in kept], too_long)
 
@@ -266,9 +261,9 @@ def _free(folder: Path) -> Path:
     return folder.absolute()
 
 
-def _changed(task: Task, quick: bool, changes: Mapping[str, Any]) -> Task:
-    """The task with its settings changed."""
-    task = task.quick if quick else task
+def _changed(start: Start, quick: bool, changes: Mapping[str, Any]) -> Start:
+    """The start with its settings changed."""
+    start = start.quick if quick else start
     schedule = {field.name for field in fields(Schedule)}
     size = {field.name for field in fields(Size)}
     wrong = next((name for name in changes if name not in schedule | size | {"vocabulary"}), None)
@@ -276,35 +271,35 @@ def _changed(task: Task, quick: bool, changes: Mapping[str, Any]) -> Task:
         raise InputError(
             f"setting {wrong!r} is none of a start's; it has {', '.join(sorted(schedule | size))}, vocabulary"
         )
-    vocabulary = changes.get("vocabulary", task.vocabulary)
+    vocabulary = changes.get("vocabulary", start.vocabulary)
     if vocabulary < 300:
         raise InputError(f"vocabulary is {vocabulary}; it must be at least 300, for every byte is in it")
     return replace(
-        task,
-        schedule=replace(task.schedule, **{name: changes[name] for name in changes if name in schedule}),
-        size=replace(task.size, **{name: changes[name] for name in changes if name in size}),
+        start,
+        schedule=replace(start.schedule, **{name: changes[name] for name in changes if name in schedule}),
+        size=replace(start.size, **{name: changes[name] for name in changes if name in size}),
         vocabulary=vocabulary,
     )
 
 
-def _settings(task: Task) -> dict[str, Any]:
+def _settings(start: Start) -> dict[str, Any]:
     plain = ("name", "vocabulary", "longest_source", "longest_target")
-    image = [] if task.reads == "prompt" else [IMAGE_SIZE, STAGES]
+    image = [] if start.reads == "prompt" else [IMAGE_SIZE, STAGES]
     return {
-        **{name: getattr(task, name) for name in plain},
-        "size": asdict(task.size),
-        "schedule": asdict(task.schedule),
+        **{name: getattr(start, name) for name in plain},
+        "size": asdict(start.size),
+        "schedule": asdict(start.schedule),
         "image": image,
     }
 
 
-def _key(task: Task, data: Any) -> str:
+def _key(start: Start, data: Any) -> str:
     """What the model depends on: the rows' contents, the settings, the format, and torch's version."""
-    known = [FORMAT, _settings(task), torch.__version__]
+    known = [FORMAT, _settings(start), torch.__version__]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for sources, references in data:
         for source, reference in zip(sources, references, strict=True):
-            digest.update(_content(source, task.reads == "image") + b"\0" + reference.encode() + b"\0")
+            digest.update(_content(source, start.reads == "image") + b"\0" + reference.encode() + b"\0")
         digest.update(b"\1")
     return digest.hexdigest()[:12]
 

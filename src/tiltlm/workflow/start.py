@@ -7,7 +7,7 @@ from typing import Any
 
 from tiltlm.errors import InputError
 from tiltlm.start import Started, train_start
-from tiltlm.start.tasks import find_task
+from tiltlm.start.catalogue import find_start
 from tiltlm.workflow.inputs import read_rows
 
 PREFIX = "start:"
@@ -44,7 +44,7 @@ def start_from(
     Raises:
         InputError: for a start, data or settings that cannot be used.
     """
-    task = find_task(name)
+    start = find_start(name)
     if (train is None) != (validation is None):
         given, missing = ("train", "validation") if validation is None else ("validation", "train")
         raise InputError(f"{given} is given without {missing}; a start learns from the one and stops by the other")
@@ -55,7 +55,7 @@ def start_from(
     else:
         from tiltlm.data import load
 
-        splits = load(data or task.data, progress=progress)
+        splits = load(data or start.data, progress=progress)
     # a few columns as plain lists: a row of a data set on disk is slow to reach
     rows = {split: _plain(splits[split]) for split in ("train", "validation")}
     return train_start(name, rows["train"], rows["validation"], quick=quick, out=out, progress=progress, **changes)
