@@ -82,7 +82,7 @@ TRANSLATION = Start(
     data="packages-en-fr",
     size=Size(dropout=0.0),  # it sees each pair a few times: there is nothing to forget yet
     schedule=Schedule(steps=20_000, seconds=300.0, lr=1e-3, smoothing=0.0, batch_tokens=512),
-    vocabulary=3000,
+    vocabulary=2000,
     longest_source=160,
     longest_target=160,
     metrics=_translation,
