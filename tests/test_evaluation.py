@@ -17,7 +17,8 @@ from tiltlm import rewards
 from tiltlm.evaluation.uncertainty import mean_of
 from tiltlm.posterior import exact as ex
 from tiltlm.records import Weighted
-from tiltlm.report.tasks import task_figure, write_task_figure
+from tiltlm.report.figures import write_figure
+from tiltlm.report.tasks import task_figure
 from tiltlm.rewards.scenes import Scene, Thing, read_scene, singular
 from tiltlm.testing import small_language
 
@@ -310,7 +311,7 @@ def test_the_table_as_text_json_and_picture(tmp_path):
         pytest.approx(c["value"]) for c in plain["systems"][1]["metrics"].values() if c["value"]
     ]
     assert dots[0].error_x.array[0] == pytest.approx(1.96 * plain["systems"][1]["metrics"]["chrf"]["stderr"])
-    page = write_task_figure(plain, tmp_path / "table.html", ["chrf"])
+    page = write_figure(task_figure(plain, ["chrf"]), tmp_path / "table.html")
     assert "plotly" in page.read_text().lower()
 
 

@@ -11,10 +11,11 @@ from conftest import settings, write
 from tiltlm.cli.options import recipe_command
 from tiltlm.rewards.catalogue import make_part
 from tiltlm.tasks import about, task_recipe, tasks
+from tiltlm.workflow.methods import METHODS
 from tiltlm.workflow.recipe import quickened, read_recipe
-from tiltlm.workflow.task import METHODS
 from tiltlm.workflow.templates import templated
 
+FILES = ("prior", "prior-then-greedy", "prior-then-mbr", "lead-1")
 ROWS = [("the film", "a good one"), ("a quiet story", "it is dull"), ("two friends", "they meet")]
 
 
@@ -26,7 +27,10 @@ def own(here, models):
     (here / "test.jsonl").write_text("\n".join(lines[:2]))
     changes = {"prompts": "train.jsonl", "test": "test.jsonl", "steps": 2, "template": "{{ kind }}: {{ prompt }}"}
     metrics = [{"part": "chrf", "column": "reference"}, {"part": "repetition"}]
-    return write(here / "own.yaml", settings(models, **changes, metrics=metrics, quick={"steps": 1}))
+    return write(
+        here / "own.yaml",
+        settings(models, **changes, metrics=metrics, quick={"steps": 1}, baselines=["lead-1", "prior/mbr"]),
+    )
 
 
 class TestTable:
@@ -34,8 +38,9 @@ class TestTable:
         ended = cli("task", own, "--table", "--seeds", 2, "--draws", 4, "--json", "t.json")
         assert ended.code == 0, ended.err
         found = json.loads((here / "t.json").read_text())
-        assert [system["name"] for system in found["systems"]] == list(METHODS)
-        assert all(system["seeds"] == 2 and system["seconds"] > 0 for system in found["systems"])
+        assert [system["name"] for system in found["systems"]] == [*METHODS, "lead-1", "prior/mbr"]
+        assert all(system["seeds"] == 2 for system in found["systems"])
+        assert all(system["seconds"] > 0 for system in found["systems"] if system["name"] != "lead-1")
         assert found["metrics"][:2] == ["chrf", "repetition"]
         assert found["prompts"] == 2
         by_name = {system["name"]: system["metrics"] for system in found["systems"]}
@@ -45,6 +50,17 @@ class TestTable:
         bounds = {o["method"]: o["kl_posterior"] for o in found["outcomes"]}
         assert bounds["policy"]["low"] <= bounds["policy"]["high"]
         assert bounds["best-of-n"] is None
+        assert found["baseline"] == "prior"
+        assert by_name["policy"]["chrf"]["difference"] is not None
+        assert by_name["best-of-n"]["distinct-2"]["value"] is None  # one completion a prompt has no diversity
+        texts = {name: json.loads((here / "run" / "task" / f"{name}-0.json").read_text())["texts"] for name in FILES}
+        assert texts["lead-1"] == [["film:"], ["film:"]]
+        assert all(len(some) == 1 for some in texts["prior-then-greedy"])
+        assert (
+            texts["prior-then-greedy"] == json.loads((here / "run/task/prior-then-greedy-1.json").read_text())["texts"]
+        )
+        for chosen, among in zip(texts["prior-then-mbr"], texts["prior"], strict=True):
+            assert chosen[0] in among
         assert (here / "run" / "task.html").stat().st_size > 1000
         assert (here / "run" / "seed-1" / "policy").is_dir()
 
@@ -75,10 +91,31 @@ class TestTable:
 
     def test_refusals(self, refused, here, own):
         assert "method is 'ppo'" in refused("task", own, "--methods", "ppo")
+        assert "baseline is 'sft'" in refused("task", own, "--methods", "prior,policy", "--baseline", "sft")
+        assert "betas is 'a,b'" in refused("task", own, "--betas", "a,b")
+        assert "betas has 0.0" in refused("task", own, "--betas", "1,0")
         assert "did you mean 'translation'" in refused("task", "translaton")
         assert "test is missing" in refused("task", "recipe.yaml")
         write(here / "bad.yaml", yaml.safe_load(own.read_text()) | {"quick": {"stepz": 1}})
         assert "quick: unknown key 'stepz'" in refused("task", "bad.yaml", "--quick")
+
+
+class TestBetas:
+    def test_each_beta_has_its_policy_and_its_prediction(self, cli, here, own):
+        ended = cli("task", own, "--betas", "0.5,2", "--draws", 4, "--json", "b.json")
+        assert ended.code == 0, ended.err
+        found = json.loads((here / "b.json").read_text())
+        assert [point["beta"] for point in found["points"]] == [0.5, 2.0]
+        near, far = (point["predicted"] for point in found["points"])
+        assert near["kl"] > far["kl"] > 0  # a smaller beta asks for more
+        assert near["reward"] > far["reward"]
+        assert all(point["kl"]["stderr"] >= 0 for point in found["points"])
+        assert (here / "run" / "beta-0.5" / "seed-0" / "policy").is_dir()
+        assert (here / "run" / "betas.html").stat().st_size > 1000
+        assert "E r reached" in ended.out
+        kept = (here / "run" / "beta-2" / "seed-0" / "policy").stat().st_mtime_ns
+        assert cli("task", own, "--betas", "2", "--draws", 4).code == 0
+        assert (here / "run" / "beta-2" / "seed-0" / "policy").stat().st_mtime_ns == kept
 
 
 class TestPackaged:

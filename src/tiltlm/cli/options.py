@@ -43,7 +43,7 @@ GROUPS = {
         "reward_cache",
     ),
     "Run": ("out", "seed"),
-    "Application": ("test", "completion"),
+    "Application": ("test", "completion", "baselines"),
     "Samples": ("samples", "exact_budget"),
     "Training": (
         "engine",

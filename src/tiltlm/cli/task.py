@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,10 +13,16 @@ from rich.table import Table
 from tiltlm.cli.bars import draw_bars
 from tiltlm.cli.options import Json, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
+from tiltlm.errors import InputError
 from tiltlm.tasks import about, task_recipe, tasks
 from tiltlm.workflow.recipe import Recipe, quickened
 
-SHORT = "prior,policy"
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from tiltlm.workflow.task import TaskRun
+
+SHORT = ("prior", "policy")
 """What is drawn and judged without --table."""
 SEEDS = 3
 
@@ -36,7 +44,16 @@ def task(
     recipe: Recipe,
     table: Annotated[bool, typer.Option("--table", help="all methods, with several seeds")] = False,
     methods: Annotated[
-        str | None, typer.Option(help="methods, by commas: prior, sft, best-of-n, smc, policy, dpo, policy/smc")
+        str | None,
+        typer.Option(
+            help="by commas: prior, prior/greedy, sft, best-of-n, smc, policy, policy/greedy, dpo, policy/smc; and prior/mbr, copy, lead-N"
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="the method that others are compared with; the first by default")
+    ] = None,
+    betas: Annotated[
+        str | None, typer.Option(help="train at each of these betas instead, 0.05,0.2,1: which one is right?")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds of each method; 1, with --table 3")] = None,
     draws: Annotated[int, typer.Option(min=2, help="completions of each test prompt")] = 8,
@@ -46,8 +63,8 @@ def task(
 ) -> None:
     """Run an application: train on its data, and judge prior and policy on the untouched test set."""
     from tiltlm.lm.load import quieten
-    from tiltlm.report.tasks import write_task_figure
-    from tiltlm.workflow.task import METHODS, TaskRun, certificates, task_table
+    from tiltlm.report.figures import write_figure
+    from tiltlm.workflow.task import TaskRun
 
     chosen = quickened(recipe) if quick else recipe
     if show:
@@ -55,15 +72,64 @@ def task(
         return
     require_writable(json_file)
     quieten()
-    names = [name.strip() for name in (methods or (",".join(METHODS) if table else SHORT)).split(",")]
     with draw_bars(stderr) as bars:
         running = TaskRun(chosen, draws, bars.bar, stderr)
-        found, outcomes = task_table(running, names, seeds or (SEEDS if table else 1))
-        running.close()
-    console.print(found)
-    console.print(certificates(outcomes, running.beta))
-    picture = write_task_figure(found.as_dict(), chosen.folder / "task.html")
-    say(f"picture: {picture}")
-    values = {**found.as_dict(), "beta": running.beta, "outcomes": [outcome.facts() for outcome in outcomes]}
-    write_result(chosen.folder / "task.json", values)
-    write_result(json_file, values)
+        try:
+            if betas is not None:
+                shown = _swept(running, _numbers(betas), seeds or 1)
+            else:
+                names = _names(methods, table, chosen.baselines)
+                shown = _compared(running, names, seeds or (SEEDS if table else 1), baseline)
+        finally:
+            running.close()
+    for part in shown.parts:
+        console.print(part)
+    say(f"picture: {write_figure(shown.figure, chosen.folder / f'{shown.name}.html')}")
+    write_result(chosen.folder / f"{shown.name}.json", shown.values)
+    write_result(json_file, shown.values)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A result: what is printed, its picture, its numbers, and what its files are called."""
+
+    name: str
+    parts: tuple[Any, ...]
+    figure: go.Figure
+    values: Mapping[str, Any]
+
+
+def _compared(running: TaskRun, methods: list[str], seeds: int, baseline: str | None) -> _Shown:
+    from tiltlm.report.tasks import task_figure
+    from tiltlm.workflow.task import certificates, task_table
+
+    found, outcomes = task_table(running, methods, seeds, baseline)
+    table = found.as_dict()
+    values = {**table, "beta": running.beta, "outcomes": [outcome.facts() for outcome in outcomes]}
+    return _Shown("task", (found, certificates(outcomes, running.beta)), task_figure(table), values)
+
+
+def _swept(running: TaskRun, betas: list[float], seeds: int) -> _Shown:
+    from tiltlm.report.betas import betas_figure
+    from tiltlm.workflow.betas import sweep
+
+    found = sweep(running, betas, seeds)
+    values = found.as_dict()
+    return _Shown("betas", (found,), betas_figure(values), values)
+
+
+def _names(methods: str | None, table: bool, baselines: list[str]) -> list[str]:
+    from tiltlm.workflow.methods import METHODS
+
+    if methods is not None:
+        return [name.strip() for name in methods.split(",")]
+    return [*METHODS, *baselines] if table else list(SHORT)
+
+
+def _numbers(betas: str) -> list[float]:
+    try:
+        return [float(beta) for beta in betas.split(",")]
+    except ValueError:
+        raise InputError(
+            f"betas is {betas!r}; write numbers with commas between them, for example 0.05,0.2,1"
+        ) from None

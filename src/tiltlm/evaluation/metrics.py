@@ -51,7 +51,10 @@ def pass_at_k(drawn: int, right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class DistinctN:
-    """Different n-grams of words over all n-grams of a prompt's completions (Li et al. 2016). Fewer or longer texts raise or lower it."""
+    """Different n-grams of words over all n-grams of a prompt's completions (Li et al. 2016); of a single one there is none.
+
+    Fewer texts raise it and longer ones lower it, so that only systems with as many completions a prompt compare.
+    """
 
     n: int = 2
 
@@ -61,6 +64,8 @@ class DistinctN:
 
     def of_prompt(self, texts: Sequence[str], row: Mapping[str, Any]) -> float:
         """The value of one prompt's completions."""
+        if len(texts) < 2:
+            return math.nan
         grams = [
             tuple(words[i : i + self.n]) for words in map(str.split, texts) for i in range(len(words) - self.n + 1)
         ]

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from tiltlm.errors import InputError
@@ -22,6 +25,8 @@ from tiltlm.records import Prompts
 RESAMPLES = 200
 KL = "KL to prior"
 SECONDS = "seconds"
+GAP = 2
+"""Characters between two columns of the table."""
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -66,19 +71,45 @@ class TaskTable:
             ],
         }
 
-    def __rich__(self) -> Table:
-        """A row a system; bold where the difference from the baseline is more than two of its standard errors."""
-        title = f"{self.task}: {self.prompts} prompts, ± standard error; bold: more than 2 from {self.baseline}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("", no_wrap=True)
-        for name in (*self.metrics, *([SECONDS] if self.seconds else [])):
-            table.add_column(name, justify="right")
-        for name, cells in self.rows.items():
-            shown = [_shown(cells.get(metric)) for metric in self.metrics]
-            time = [f"{self.seconds[name]:.1f}" if name in self.seconds else "–"] if self.seconds else []
-            seeds = f" ({self.seeds[name]} seeds)" if self.seeds[name] > 1 else ""
-            table.add_row(name + seeds, *shown, *time)
-        return table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A row a system; bold where the difference from the baseline is more than two of its standard errors.
+
+        Columns that find no room beside the others come below, in a block of their own.
+        """
+        yield f"[italic]{self.task}: {self.prompts} prompts, ± standard error; bold: more than 2 from {self.baseline}[/italic]"
+        names = [name + (f" ({self.seeds[name]} seeds)" if self.seeds[name] > 1 else "") for name in self.rows]
+        room = options.max_width - max(map(len, names))
+        for block in _blocks(self._columns(), room):
+            table = Table(box=None, pad_edge=False)
+            table.add_column("", no_wrap=True)
+            for head, _ in block:
+                table.add_column(head, justify="right")
+            for place, name in enumerate(names):
+                table.add_row(name, *(cells[place] for _, cells in block))
+            yield table
+
+    def _columns(self) -> list[tuple[str, list[str]]]:
+        """Each column's head, and its cells as they are shown."""
+        columns = [(metric, [_shown(cells.get(metric)) for cells in self.rows.values()]) for metric in self.metrics]
+        if self.seconds:
+            times = [f"{self.seconds[name]:.1f}" if name in self.seconds else "–" for name in self.rows]
+            columns.append((SECONDS, times))
+        return columns
+
+
+def _blocks(columns: list[tuple[str, list[str]]], room: int) -> list[list[tuple[str, list[str]]]]:
+    """Columns in groups that fit side by side; one that is too wide for any stands alone."""
+    blocks: list[list[tuple[str, list[str]]]] = []
+    left = 0
+    for head, cells in columns:
+        words = [len(word) for word in head.split()]
+        width = GAP + max([*words, *(cell_len(Text.from_markup(cell).plain) for cell in cells)])
+        if not blocks or width > left:
+            blocks.append([])
+            left = room
+        blocks[-1].append((head, cells))
+        left -= width
+    return blocks
 
 
 def evaluate_systems(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
+from tiltlm.errors import InputError
 from tiltlm.report.folder import Json, Run, finite
 from tiltlm.report.landing import at_beta, frontier_of, predicted, shortfall
 from tiltlm.report.palette import FONT, LIGHT
@@ -51,15 +53,28 @@ def canvas(height: int, x: str, y: str = "") -> go.Figure:
     return figure
 
 
+def write_figure(figure: go.Figure, path: Path) -> Path:
+    """A picture in a file that needs nothing else.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    try:
+        figure.write_html(path, include_plotlyjs=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
+    return path
+
+
 def frontier_figure(run: Run) -> go.Figure:
     """Expected reward against KL to the prior: predicted over beta, best of n, and where the policy went."""
     figure = canvas(560, "KL to the prior, nats a completion", "expected reward, reward units")
     figure.update_layout(margin_r=24)
-    points = frontier_of(run)
+    points = frontier_of(run.plan)
     right = _reach(run, points)
-    _add_curve(figure, [_origin(run), *points])
-    _add_best_of_n(figure, run, right)
-    _add_prior(figure, run.plan["prior_reward"])
+    add_curve(figure, [origin(run.plan), *points])
+    add_best_of_n(figure, run.plan["best_of_n"], right)
+    add_prior(figure, run.plan["prior_reward"])
     _add_path(figure, run.metrics)
     _add_prediction(figure, run)
     _add_policy(figure, run)
@@ -71,10 +86,9 @@ def frontier_figure(run: Run) -> go.Figure:
     return figure
 
 
-def _origin(run: Run) -> Json:
+def origin(plan: Json) -> Json:
     """The prior as the frontier's first point: the optimum at an infinite beta."""
-    ess = run.plan.get("samples_per_prompt")
-    prior = run.plan["prior_reward"]
+    ess, prior = plan.get("samples_per_prompt"), plan["prior_reward"]
     return {"beta": math.inf, "kl": {"value": 0.0}, "reward": prior, "ess": ess, "reliable": True}
 
 
@@ -110,7 +124,8 @@ def _heights(run: Run, points: Sequence[Json], right: float) -> tuple[float, flo
     return (min(known), max(known)) if known else (0.0, 1.0)
 
 
-def _add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
+def add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
+    """The predicted frontier with its band; dotted from where the draws are too few."""
     points = [point for point in points if finite(point["reward"]["value"]) is not None]
     cut = _trusted(points)
     near, far = points[:cut], points[max(0, cut - 1) :]
@@ -148,8 +163,9 @@ def _add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
             )
 
 
-def _add_best_of_n(figure: go.Figure, run: Run, right: float) -> None:
-    points = [p for p in run.plan["best_of_n"] if p["kl"] <= right]
+def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float) -> None:
+    """Best of 2, 4, 8, … of the prior, as far as the picture goes."""
+    points = [p for p in known if p["kl"] <= right]
     if not points:
         return
     figure.add_scatter(
@@ -166,7 +182,8 @@ def _add_best_of_n(figure: go.Figure, run: Run, right: float) -> None:
     )
 
 
-def _add_prior(figure: go.Figure, prior: Json) -> None:
+def add_prior(figure: go.Figure, prior: Json) -> None:
+    """The prior, at no distance from itself."""
     value, low, high = (finite(prior[key]) for key in ("value", "low", "high"))
     if value is None:
         return

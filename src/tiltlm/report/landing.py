@@ -44,9 +44,9 @@ def beta_of(run: Run) -> float | None:
     return None
 
 
-def frontier_of(run: Run) -> list[Json]:
+def frontier_of(plan: Json) -> list[Json]:
     """The frontier's points that have numbers, from the prior outwards."""
-    points = [p for p in run.plan["frontier"] if finite(p["kl"]["value"]) is not None]
+    points = [p for p in plan["frontier"] if finite(p["kl"]["value"]) is not None]
     points = [p for p in points if finite(p["reward"]["value"]) is not None]
     return sorted(points, key=lambda p: p["kl"]["value"])
 
@@ -56,7 +56,7 @@ def predicted(run: Run) -> Json | None:
     beta, chosen = beta_of(run), run.plan["chosen"]
     if beta is None or (chosen and math.isclose(chosen["beta"], beta, rel_tol=0.01)):
         return chosen
-    return at_beta(frontier_of(run), beta)
+    return at_beta(frontier_of(run.plan), beta)
 
 
 def at_beta(frontier: list[Json], beta: float) -> Json | None:
@@ -93,7 +93,7 @@ def shortfall(run: Run) -> Shortfall | None:
     if at is None or got is None:
         return None
     origin: dict[str, Any] = {"kl": {"value": 0.0}, "reward": run.plan["prior_reward"], "reliable": True}
-    for left, right in pairwise([origin, *frontier_of(run)]):
+    for left, right in pairwise([origin, *frontier_of(run.plan)]):
         start, stop = left["kl"]["value"], right["kl"]["value"]
         if max(start, min(at, 0.0)) <= max(at, 0.0) <= stop and stop > start:
             share = (max(at, 0.0) - start) / (stop - start)

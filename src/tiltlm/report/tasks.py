@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tiltlm.errors import InputError
 from tiltlm.report.figures import canvas
 from tiltlm.report.folder import Json, finite
 from tiltlm.report.palette import LIGHT
@@ -42,19 +40,6 @@ def task_figure(table: Json, metrics: Sequence[str] | None = None) -> go.Figure:
             figure.add_vline(x=value, line={"color": LIGHT["prior"], "width": 1, "dash": "dot"}, row=1, col=place)  # pyright: ignore[reportArgumentType]
     figure.update_yaxes(categoryorder="array", categoryarray=systems, showgrid=False, automargin=True)
     return figure
-
-
-def write_task_figure(table: Json, path: Path, metrics: Sequence[str] | None = None) -> Path:
-    """The picture in a file that needs nothing else.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    try:
-        task_figure(table, metrics).write_html(path, include_plotlyjs=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
-    return path
 
 
 def _dot(figure: go.Figure, system: Json, metric: str, place: int, baseline: bool) -> None:

@@ -134,6 +134,7 @@ class Recipe(BaseModel):
         [],
         description="parts that completions of the test prompts are judged by, such as {part: chrf, column: reference}",
     )
+    baselines: list[str] = Field([], description="further rows of --table: prior/mbr, copy, lead-N")
     completion: str = Field(
         "{{ reference }}", description="Jinja2 template of the columns: the completion that sft learns"
     )

@@ -1,0 +1,82 @@
+"""Which beta? The predicted frontier as a curve, and on it what the optimum at each beta promises and what training reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from tiltlm.report.figures import add_best_of_n, add_curve, add_prior, canvas, origin
+from tiltlm.report.folder import Json
+from tiltlm.report.landing import Z95, frontier_of
+from tiltlm.report.palette import LIGHT
+
+
+def betas_figure(sweep: Json) -> go.Figure:
+    """The picture of a `Sweep.as_dict()`: rings are predictions, dots policies, a dotted line leads from one to the other."""
+    plan, points = sweep["plan"], sweep["points"]
+    figure = canvas(520, "KL to the prior, nats a completion", "expected reward, reward units")
+    figure.update_layout(
+        margin_t=56, width=900, showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    )
+    curve = frontier_of(plan)
+    right = _reach(curve, points)
+    add_curve(figure, [origin(plan), *curve])
+    add_best_of_n(figure, plan["best_of_n"], right)
+    add_prior(figure, plan["prior_reward"])
+    for point in points:
+        _lead(figure, point)
+    _rings(figure, points)
+    _dots(figure, points)
+    figure.update_xaxes(range=[-0.025 * right, right])
+    return figure
+
+
+def _reach(curve: Sequence[Json], points: Sequence[Json]) -> float:
+    """The right end: all that was reached, and what is predicted of the betas as far as that can be trusted."""
+    trusted = [p["kl"]["value"] for p in curve if p["reliable"]]
+    asked = [p["predicted"]["kl"] for p in points if p["predicted"]["reliable"]]
+    reached = [p["kl"]["value"] for p in points]
+    return 1.12 * max([*trusted, *asked, *reached, 1e-3])
+
+
+def _lead(figure: go.Figure, point: Json) -> None:
+    """From the prediction to what was reached."""
+    line = {"color": LIGHT["policy_soft"], "width": 1.2, "dash": "dot"}
+    x, y = (point["predicted"]["kl"], point["kl"]["value"]), (point["predicted"]["reward"], point["reward"]["value"])
+    figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+
+
+def _rings(figure: go.Figure, points: Sequence[Json]) -> None:
+    once = {point["beta"]: point["predicted"] for point in points}
+    figure.add_scatter(
+        x=[p["kl"] for p in once.values()],
+        y=[p["reward"] for p in once.values()],
+        mode="markers+text",
+        marker={"size": 13, "color": LIGHT["paper"], "line": {"color": LIGHT["posterior"], "width": 2.5}},
+        text=[f"β {beta:g}  " for beta in once],
+        textposition="top left",
+        textfont={"size": 12, "color": LIGHT["posterior"]},
+        name="the posterior at β, predicted",
+        legendrank=3,
+        hovertemplate="<b>%{text}, predicted</b><br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
+    )
+
+
+def _dots(figure: go.Figure, points: Sequence[Json]) -> None:
+    bar = {"type": "data", "color": LIGHT["policy"], "thickness": 1.6, "width": 4}
+    figure.add_scatter(
+        x=[point["kl"]["value"] for point in points],
+        y=[point["reward"]["value"] for point in points],
+        error_x={"array": [Z95 * point["kl"]["stderr"] for point in points], **bar},
+        error_y={"array": [Z95 * point["reward"]["stderr"] for point in points], **bar},
+        mode="markers+text",
+        marker={"size": 11, "color": LIGHT["policy"]},
+        text=[f"  β {point['beta']:g}" for point in points],
+        textposition="bottom right",
+        textfont={"size": 12, "color": LIGHT["policy"]},
+        name="the policy trained at β",
+        legendrank=6,
+        customdata=[point["seed"] for point in points],
+        hovertemplate="<b>%{text}</b>, seed %{customdata}<br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
+    )

@@ -1,0 +1,287 @@
+"""The ways to the posterior that `tiltlm task` compares, each from a recipe to completions of the test prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Generator
+
+from tiltlm.diagnostics.certificate import certify
+from tiltlm.errors import InputError
+from tiltlm.evaluation import System, agreement, copied, lead, mbr_system
+from tiltlm.evaluation.systems import Completions
+from tiltlm.inference.catalogue import decoding_engines, make_trainer
+from tiltlm.inference.decoding.budget import within
+from tiltlm.inference.fit import fit
+from tiltlm.inference.monitor import Monitor
+from tiltlm.inference.source import Decoded, Given, Source
+from tiltlm.lm.given import demonstrations
+from tiltlm.protocols import Sampler
+from tiltlm.records import Prompts, Weighted
+from tiltlm.weights import group_sum, normalise
+from tiltlm.workflow.files import write_json
+from tiltlm.workflow.templates import templated
+
+if TYPE_CHECKING:
+    from tiltlm.workflow.run import Run
+    from tiltlm.workflow.task import TaskRun
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method says to the test prompts, with one seed.
+
+    Attributes:
+        texts: completions of each test prompt.
+        reward: the mean of the target's reward over them; None for texts that no model drew.
+        reward_stderr: its standard error, where the draws are a law's.
+        log_ratios: log q - log pi0 of each completion, in nats; None where the method has no density.
+        kl_posterior: the certificate's interval (value, low, high) of KL(q || p*); None likewise.
+        seconds: of training and of drawing.
+    """
+
+    method: str
+    seed: int
+    texts: Completions
+    reward: float | None = None
+    reward_stderr: float | None = None
+    log_ratios: tuple[tuple[float, ...], ...] | None = None
+    kl_posterior: tuple[float, float, float] | None = None
+    seconds: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """All but the texts, for JSON."""
+        bound = (
+            None if self.kl_posterior is None else dict(zip(("value", "low", "high"), self.kl_posterior, strict=True))
+        )
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "reward": self.reward,
+            "kl_posterior": bound,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A method at work: a run, and the test prompts."""
+
+    task: TaskRun
+    of: Run
+    method: str
+    seed: int
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        return self.of.prior.encode(self.task.test_rows)
+
+    @cached_property
+    def target(self) -> Any:
+        return self.of.target(self.task.beta)
+
+    def judged(self, sampler: Sampler, seconds: float) -> Outcome:
+        """A law's draws, with its certificate on the test prompts."""
+        began = time.perf_counter()
+        certificate = certify(
+            self._reporting(sampler),
+            self.target,
+            self.prompts,
+            samples=self.task.draws,
+            exact_budget=self.of.recipe.exact_budget,
+            seed=self.seed + 1,
+        )
+        scored, bound = certificate.scored, certificate.kl_posterior
+        drawn = System.drawn(self.method, scored.draws, prior=self.of.prior)
+        return Outcome(
+            self.method,
+            self.seed,
+            drawn.runs[0],
+            certificate.reward.value,
+            certificate.reward.stderr,
+            drawn.log_ratios[0] if drawn.log_ratios else None,
+            (bound.value, bound.low, bound.high),
+            seconds + time.perf_counter() - began,
+        )
+
+    def most_probable(self, sampler: Any, seconds: float = 0.0) -> Outcome:
+        """Greedy decoding: the one completion that takes the most probable token each time. Not a draw, so without a density."""
+        began = time.perf_counter()
+        greedy = replace(self._reporting(sampler), law=replace(sampler.law, top_k=1))
+        scored = self.target.score(greedy.draw(self.prompts, 1, Generator().manual_seed(self.seed)))
+        texts = System.drawn(self.method, scored.draws).runs[0]
+        reward = self.target.beta * float(scored.log_evidence.double().mean())
+        return Outcome(self.method, self.seed, texts, reward, seconds=seconds + time.perf_counter() - began)
+
+    def agreed(self) -> Outcome:
+        """The prior's draw that agrees best with its other draws, by the first metric that compares texts."""
+        part = next((part for part in self.task.metrics if hasattr(part, "references")), None)
+        if part is None:
+            raise InputError(
+                f"method {self.method!r} needs a metric that compares with a reference; add one, such as {{part: chrf, column: reference}}"
+            )
+        began = time.perf_counter()
+        prior = self.task.outcome("prior", self.seed)
+        chosen = mbr_system(System(self.method, (prior.texts,)), agreement(part)).runs[0]
+        return Outcome(self.method, self.seed, chosen, seconds=prior.seconds + time.perf_counter() - began)
+
+    def baseline(self, system: System) -> Outcome:
+        """What needs no model: texts made from the sources."""
+        return Outcome(self.method, self.seed, system.runs[0])
+
+    @property
+    def sources(self) -> list[str]:
+        """The test prompts' texts."""
+        column = self.of.recipe.column
+        return [str(row[column]) for row in self.task.test_rows]
+
+    def decoded(self, engine: str, proposal: Sampler | None = None, seconds: float = 0.0, count: int = 0) -> Outcome:
+        """What a decoding engine returns: `count` completions resampled from its weights, by default as many as are judged."""
+        began = time.perf_counter()
+        decoder = within(decoding_engines()[engine], max(self.of.recipe.group, self.task.draws))
+        rng = Generator().manual_seed(self.seed)
+        weighted: Weighted = decoder.sample(self.target, self.prompts, proposal=proposal, rng=rng)
+        reward = self.target.beta * expectation(weighted, weighted.scored.log_evidence.double())
+        returned = System.resampled(
+            self.method, count or self.task.draws, Generator().manual_seed(self.seed + 1), weighted
+        )
+        seconds += time.perf_counter() - began
+        return Outcome(self.method, self.seed, returned.runs[0], reward, seconds=seconds)
+
+    def trained(self, engine: str, source: Source) -> tuple[Any, float]:
+        """A policy trained by another engine than the recipe's, with the recipe's other settings, and how long it took."""
+        r, began = self.of.recipe, time.perf_counter()
+        policy = fit(
+            self.target,
+            source.scored.draws.prompts if isinstance(source, Given) else self.of.prompts,
+            make_trainer(engine, r.group, r.max_new_tokens, {}),
+            source=source,
+            lora=self.of.lora(),
+            settings=self.of.training_settings(),
+            monitor=Monitor(console=self.task.console, what=f"{self.method}, seed {self.seed}"),
+        )
+        return policy, time.perf_counter() - began
+
+    def demonstrations(self) -> Given:
+        """The references of the training prompts."""
+        rows = templated(self.of.rows, self.of.recipe.completion, "completion", "completion")
+        return Given(demonstrations(self.of.prior, rows))
+
+    def policy(self) -> tuple[Any, float]:
+        """The policy of the recipe's own engine, trained unless its folder has it."""
+        folder, began = self.of.recipe.folder, time.perf_counter()
+        facts, key = folder / "task.json", self.task.training_key(self.seed)
+        known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
+        if known["key"] != key:
+            raise InputError(
+                f"{folder} holds a policy that was trained with other settings; give this run a folder of its own with --out"
+            )
+        if "training" not in known:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(facts, known)  # before the training, so that one that is cut off knows whose it is
+            monitor = Monitor(console=self.task.console, out=folder, what=f"policy, seed {self.seed}")
+            self.of.train(resume=(folder / "checkpoints").is_dir(), monitor=monitor)
+            known["training"] = time.perf_counter() - began
+            write_json(facts, known)
+        return self.of.sampler(None), float(known["training"])
+
+    def _reporting(self, sampler: Any) -> Any:
+        if self.task.progress is None:
+            return sampler
+        bar = self.task.progress(f"{self.method}, seed {self.seed}", len(self.prompts) * self.task.draws)
+        return replace(sampler, progress=bar)
+
+
+def expectation(weighted: Weighted, values: Any) -> float:
+    """The weighted mean of a value of each draw, averaged over prompts."""
+    index, count = weighted.scored.draws.prompt_index, len(weighted.scored.draws.prompts)
+    share = normalise(weighted.log_w.double(), index, count)
+    return float(group_sum(share * values, index, count).mean())
+
+
+def _prior(bench: Bench) -> Outcome:
+    return bench.judged(bench.of.prior, 0.0)
+
+
+def _sft(bench: Bench) -> Outcome:
+    policy, seconds = bench.trained("sft", bench.demonstrations())
+    found = bench.judged(policy, seconds)
+    policy.discard()
+    return found
+
+
+def _best_of_n(bench: Bench) -> Outcome:
+    return bench.decoded("best-of-n", count=1)  # all of its draws are one and the same
+
+
+def _smc(bench: Bench) -> Outcome:
+    return bench.decoded("smc")
+
+
+def _policy(bench: Bench) -> Outcome:
+    return bench.judged(*bench.policy())
+
+
+def _dpo(bench: Bench) -> Outcome:
+    teacher = within(decoding_engines()["importance"], bench.of.recipe.samples)
+    policy, seconds = bench.trained("dpo", Decoded(teacher))
+    found = bench.judged(policy, seconds)
+    policy.discard()
+    return found
+
+
+def _corrected(bench: Bench) -> Outcome:
+    policy, seconds = bench.policy()
+    return bench.decoded("smc", policy, seconds)
+
+
+def _greedy(bench: Bench) -> Outcome:
+    return bench.most_probable(bench.of.prior)
+
+
+def _greedy_policy(bench: Bench) -> Outcome:
+    return bench.most_probable(*bench.policy())
+
+
+METHODS: Mapping[str, Callable[[Bench], Outcome]] = {
+    "prior": _prior,
+    "prior/greedy": _greedy,
+    "sft": _sft,
+    "best-of-n": _best_of_n,
+    "smc": _smc,
+    "policy": _policy,
+    "policy/greedy": _greedy_policy,
+    "dpo": _dpo,
+    "policy/smc": _corrected,
+}
+"""The prior as it is, and its most probable completion; fine-tuning on the references; the best of n and SMC of the prior; the
+recipe's engine at the planned beta, and its most probable completion; DPO on pairs of posterior samples; and the policy corrected
+by SMC."""
+
+BASELINES: Mapping[str, Callable[[Bench], Outcome]] = {
+    "prior/mbr": Bench.agreed,
+    "copy": lambda bench: bench.baseline(copied(bench.sources)),
+}
+"""What a recipe may ask for besides, with `baselines`; lead-N, the source's first N words, is another."""
+LEAD = re.compile(r"lead-([1-9]\d*)")
+
+
+def method_of(name: str) -> Callable[[Bench], Outcome]:
+    """A method or baseline by name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if found := LEAD.fullmatch(name):
+        words = int(found[1])
+        return lambda bench: bench.baseline(lead(bench.sources, words))
+    known = {**METHODS, **BASELINES}
+    if name not in known:
+        raise InputError(f"method is {name!r}; choose {', '.join(known)} or lead-N")
+    return known[name]
