@@ -392,6 +392,11 @@ class TestPreparation:
         monkeypatch.setattr(sources.Debian, "version", lambda self: "2.18")
         assert data.prepare("quiz") != folder
 
+    def test_the_cache_depends_on_the_code_that_makes_the_rows_and_no_other(self):
+        names = {file.name for file in preparation.code_of("quiz")}
+        assert names == {"quiz.py", "patterns.py", "preparation.py", "sources.py", "spec.py", "split.py"}
+        assert "descriptions.py" in {file.name for file in preparation.code_of("packages-en-fr")}
+
     def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(self, games, monkeypatch):
         def killed(card):
             raise KeyboardInterrupt
@@ -587,9 +592,9 @@ class TestCommand:
             "t", "w", "l", (), dict.fromkeys(rows[0], ""), ("image",), "s", lambda *a: rows, linked(("image",))
         )
         monkeypatch.setattr(preparation, "find_set", lambda name: fake)
-        self.run("fake", "--out", tmp_path / "files")
+        self.run("stamps", "--out", tmp_path / "files")
         back = read(tmp_path / "files" / "train.jsonl")
-        assert back["image"][:] == data.load("fake")["train"]["image"][:]
+        assert back["image"][:] == data.load("stamps")["train"]["image"][:]
 
 
 def fetched(name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 CARD = "card.json"
+IMPORT = re.compile(r"^from tiltlm\.data\.(\w+) import", re.MULTILINE)
 
 
 def prepare(name: str, *, progress: Progress | None = None) -> Path:
@@ -67,7 +69,7 @@ def prepared(name: str) -> Path | None:
 
 def _place(name: str, spec: DataSet) -> tuple[Path, dict[str, str]]:
     versions = {source.name: source.version() for source in spec.sources}
-    return cache_folder() / "data" / f"{name}-{_key(versions)}", versions
+    return cache_folder() / "data" / f"{name}-{_key(name, versions)}", versions
 
 
 def load(name: str, *, progress: Progress | None = None) -> DatasetDict:
@@ -103,12 +105,25 @@ def _fetch(spec: DataSet, progress: Progress) -> dict[str, Path]:
     return files
 
 
-def _key(versions: Mapping[str, str]) -> str:
-    """Changes with the source and with our code, so that what is in the cache is what this version would make."""
+def _key(name: str, versions: Mapping[str, str]) -> str:
+    """Changes with the source and with the code that makes the rows, so that what is in the cache is what this version would make."""
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode())
-    for file in sorted(Path(data.__path__[0]).rglob("*.py")):
+    for file in sorted(code_of(name)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def code_of(name: str) -> set[Path]:
+    """The files of this package that a set is made by: its own, this one, and what they import of the package."""
+    root = Path(data.__path__[0])
+    found: set[Path] = set()
+    ahead = [root / "sets" / f"{name.replace('-', '_')}.py", Path(__file__)]
+    while ahead:
+        file = ahead.pop()
+        if file not in found and file.name != "catalogue.py":  # it names all sets
+            found.add(file)
+            ahead += [root / f"{module}.py" for module in IMPORT.findall(file.read_text(encoding="utf-8"))]
+    return found
 
 
 def _divide(spec: DataSet, rows: Sequence[Row], progress: Progress) -> DatasetDict:
