@@ -21,6 +21,8 @@ DRAWN = 120
 """Points of a drawn curve."""
 GOLDEN = 0.6180339887498949
 """Spreads dots of the same length evenly within their column."""
+FEW_LENGTHS = 12
+"""As many different lengths have a tick each."""
 
 
 def seen(run: Run) -> list[dict[str, float]]:
@@ -254,15 +256,20 @@ def length_figure(run: Run) -> go.Figure | None:
     if not draws:
         return None
     figure = canvas(380, "tokens in the completion", "reward, reward units")
-    for rank, kind in enumerate(("prior", "policy"), start=1):
-        dots = [d for d in draws.get(kind) or () if finite(d["reward"]) is not None]
+    kinds = {
+        kind: [d for d in draws.get(kind) or () if finite(d["reward"]) is not None] for kind in ("prior", "policy")
+    }
+    lengths = {d["length"] for dots in kinds.values() for d in dots}
+    if lengths and max(lengths) - min(lengths) < FEW_LENGTHS:  # else Plotly would put ticks between them
+        figure.update_xaxes(dtick=1, range=[min(lengths) - 1, max(lengths) + 1])
+    for rank, (kind, dots) in enumerate(kinds.items(), start=1):
         if dots:
             figure.add_scatter(
                 x=[d["length"] + 0.6 * ((i * GOLDEN) % 1 - 0.5) for i, d in enumerate(dots)],
                 y=[d["reward"] for d in dots],
                 mode="markers",
                 marker={"size": 6, "color": LIGHT[kind], "opacity": 0.45},
-                name=f"{kind}: correlation {_correlation(run, kind)}",
+                name=f"{kind}: {_correlation(run, kind, dots)}",
                 legendrank=rank,
                 customdata=[d["length"] for d in dots],
                 hovertemplate=f"{kind}<br>%{{customdata}} tokens<br>reward %{{y:.3f}}<extra></extra>",
@@ -270,11 +277,12 @@ def length_figure(run: Run) -> go.Figure | None:
     return figure
 
 
-def _correlation(run: Run, kind: str) -> str:
+def _correlation(run: Run, kind: str, dots: Sequence[Json]) -> str:
     found: Any = ((run.hacking or {}).get("length") or {}).get(kind) or {}
     if finite(found.get("value")) is None:
-        return "unknown (one of the two is constant)"
-    return f"{show(found['value'])} {show_range(found['low'], found['high'])}"
+        lengths = {d["length"] for d in dots}
+        return f"all of {lengths.pop()} tokens" if len(lengths) == 1 else "correlation unknown"
+    return f"correlation {show(found['value'])} {show_range(found['low'], found['high'])}"
 
 
 def heaviest(run: Run) -> list[dict[str, Any]]:
