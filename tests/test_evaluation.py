@@ -46,7 +46,7 @@ def test_corpus_metrics_are_sacrebleus_and_rouge_that_of_rouge_score():
             assert cells["chrf"].estimate.value == pytest.approx(sacrebleu.corpus_chrf(texts, streams).score / 100)
             assert cells["bleu"].estimate.value == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score / 100)
             assert cells["chrf"].estimate.stderr > 0
-    found = table([ev.System.of("good", GOOD)], ev.task_metrics("summarisation"))
+    found = table([ev.System.of("good", GOOD)], ev.task_metrics("summary"))
     scorer = RougeScorer(["rougeL"])
     by_hand = [scorer.score(r, t)["rougeL"].fmeasure for r, t in zip(REFERENCES, GOOD, strict=True)]
     assert found.rows["good"]["rouge-l"].estimate.value == pytest.approx(sum(by_hand) / 4)
@@ -74,9 +74,7 @@ def test_answers_by_hand():
         ["Milan", "Turin", "Milan", "Bari"],
         ["blue whale", "a whale", "the whale shark", "fish"],
     ]
-    found = ev.evaluate_systems(
-        "qa", {"answer": answers}, [ev.System.of("policy", said)], ev.task_metrics("question-answering", k=2)
-    )
+    found = ev.evaluate_systems("qa", {"answer": answers}, [ev.System.of("policy", said)], ev.task_metrics("qa", k=2))
     cells = {name: cell.estimate.value for name, cell in found.rows["policy"].items()}
     assert cells["exact-match"] == pytest.approx((2 / 4 + 0 + 1 / 4) / 3)
     # of four answers two are right: 1 - C(2,2)/C(4,2) = 5/6; one: 1 - C(3,2)/C(4,2) = 1/2

@@ -52,7 +52,9 @@ def test_text_generation(models):
     out = printed(notebook)
     assert "KL(q||p*)" in out
     assert "policy:" in out
-    kinds = {kind for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs for kind in o.get("data", {})}
+    kinds = {
+        kind for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs for kind in o.get("data", {})
+    }
     assert "application/vnd.plotly.v1+json" in kinds
 
 

@@ -115,7 +115,36 @@ def test_a_start_is_a_folder_that_transformers_loads(cache, tmp_path):
         [sys.executable, "-c", code, found.folder], capture_output=True, text=True, check=True
     ).stdout
     assert shown.startswith("[0, ")
-    assert [path.name for path in cache.iterdir()] == [path.name for path in cache.glob("translation-*")]
+    assert [path.name for path in cache.glob("[!.]*")] == [path.name for path in cache.glob("translation-*")]
+    assert [path.name for path in cache.glob(".*")] == [f".{found_in(cache)}.lock"]
+
+
+def found_in(cache):
+    (folder,) = cache.glob("translation-*")
+    return folder.name
+
+
+def test_two_processes_do_not_train_the_same_start_twice(cache):
+    code = (
+        "import sys, json, tiltlm as tl\n"
+        "pairs, settings = json.loads(sys.argv[1])\n"
+        "found = tl.train_start('translation', pairs, pairs[:4], **settings)\n"
+        "print(found.folder, (found.folder / 'model.safetensors').stat().st_mtime_ns)"
+    )
+    given = json.dumps([PAIRS, QUICK])
+    both = [subprocess.Popen([sys.executable, "-c", code, given], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=120)[0] for process in both)
+    assert first == second != ""
+
+
+def test_copying_has_the_beginnings_of_the_sources_as_targets_in_ever_fewer_batches():
+    pairs = Pairs([[5, 6, 7, 1], [8, 1]], [[11, 12, 1], [13, 14, 15, 1]], 0)
+    assert pairs.copying().targets == [[5, 6, 1], [8, 1, 1]]
+    with pytest.raises(tl.InputError, match="sources are pictures"):
+        Pairs(torch.zeros(1, 2, 3), [[1]], 0).copying()
+    schedule = Schedule(copying=0.4)
+    share = [sum(training._copies(schedule, step, at) for step in range(400)) / 400 for at in (0.0, 0.2, 0.4, 0.9)]
+    assert share == [1.0, pytest.approx(0.5, abs=0.1), 0.0, 0.0]
 
 
 def test_it_learns_what_there_is_to_learn():
@@ -178,7 +207,7 @@ def test_the_best_weights_are_kept_and_patience_ends_it(tmp_path):
 
     state = training.train(
         model,
-        lambda rows, smoothing: (model(torch.ones(1, 1)).sum(), 1),
+        lambda rows, copying: (model(torch.ones(1, 1)).sum(), 1),
         lambda rng: [[0]] * 3,
         validate,
         Schedule(steps=100, validate_every=2, patience=2, warmup=0, lr=0.1),

@@ -9,7 +9,7 @@ from tiltlm import rewards
 from tiltlm.errors import InputError
 from tiltlm.evaluation.metrics import DistinctN, PassAtK, SelfBLEU, Unique
 
-TASKS = ("generation", "question-answering", "translation", "summarisation", "captions")
+TASKS = ("generation", "qa", "translation", "summary", "captions")
 
 
 def task_metrics(task: str, *, column: str | None = None, embeddings: bool = False, k: int = 8) -> list[Any]:
@@ -34,7 +34,7 @@ def task_metrics(task: str, *, column: str | None = None, embeddings: bool = Fal
     exact = rewards.ExactMatch(reference)
     of_task: dict[str, list[Any]] = {
         "generation": [rewards.Repetition()],
-        "question-answering": [
+        "qa": [
             exact,
             PassAtK(k, exact),
             rewards.TokenF1(reference),
@@ -42,7 +42,7 @@ def task_metrics(task: str, *, column: str | None = None, embeddings: bool = Fal
             rewards.TokenRecall(reference),
         ],
         "translation": [rewards.CHRF(reference), rewards.BLEU(reference)],
-        "summarisation": [rewards.RougeL(reference)],
+        "summary": [rewards.RougeL(reference)],
         "captions": [rewards.SceneF1(column or "scene")],
     }
     if embeddings and task != "captions":

@@ -92,7 +92,7 @@ SUMMARY = replace(
     name="summary",
     what="an encoder–decoder (Marian) from a long description to a short one",
     data="packages-summary",
-    schedule=replace(TRANSLATION.schedule, batch_tokens=1024),
+    schedule=replace(TRANSLATION.schedule, seconds=480.0, copying=0.3),
     longest_source=256,
     longest_target=64,
     metrics=_summary,

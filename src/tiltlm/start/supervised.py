@@ -7,25 +7,27 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.scratch.architecture import Size, make_captioner, make_translator
 from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientnet_lite
-from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, mixed_precision, read_image, token_loss
+from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
 from tiltlm.start.catalogue import Rows, Start, columns_of, find_start
 from tiltlm.start.training import Schedule
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: raise it when the same settings make another model."""
 FACTS = "start.json"
 JUDGED = 400
@@ -102,12 +104,32 @@ def train_start(
     data = columns_of(start, train, "train"), columns_of(start, validation, "validation")
     key = _key(start, data)
     folder = cache_folder() / "starts" / f"{start.name}-{key}"
-    if not (folder / FACTS).is_file():
-        _make(start, data, folder, key, progress or (lambda what, count: lambda done: None))
+    with _alone(folder):
+        if not (folder / FACTS).is_file():
+            _make(start, data, folder, key, progress or (lambda what, count: lambda done: None))
     if place is not None:
         _appear(place, lambda unfinished: shutil.copytree(folder, unfinished, dirs_exist_ok=True))
         folder = place
     return read_start(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process a start: another that wants the same waits and finds it made."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            warnings.warn(f"another process is training {folder.name}; waiting for it", TiltWarning, stacklevel=4)
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_start(folder: Path) -> Started:
@@ -143,9 +165,10 @@ def _make(start: Start, data: Any, folder: Path, key: str, progress: NewBar) -> 
         sums = [token_loss(model, bench.judge, rows) for rows in batches]
         return sum(float(loss) for loss, _ in sums) / sum(tokens for _, tokens in sums)
 
-    def loss(rows: Sequence[int], smoothing: float) -> tuple[Tensor, int]:
-        with mixed_precision(model.device):
-            return token_loss(model, bench.learn, rows, smoothing)
+    beginnings = bench.learn.copying() if schedule.copying else bench.learn
+
+    def loss(rows: Sequence[int], copying: bool) -> tuple[Tensor, int]:
+        return token_loss(model, beginnings if copying else bench.learn, rows, schedule.smoothing)
 
     state = training.train(
         model,
@@ -248,11 +271,13 @@ def _appear(folder: Path, write: Callable[[Path], Any]) -> None:
         os.rename(unfinished, folder)  # over an empty folder, too
     except OSError as error:
         if not (folder / FACTS).is_file():  # else another process was faster
-            raise InputError(
-                f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE"
-            ) from error
+            raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder} cannot be written ({error.strerror or error}); make room, or set TILTLM_CACHE")
 
 
 def _free(folder: Path) -> Path:

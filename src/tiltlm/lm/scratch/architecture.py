@@ -57,7 +57,9 @@ def make_translator(size: Size, tokenizer: PreTrainedTokenizerBase, longest: int
         longest: positions of source and of target; a longer text has none.
     """
     pad, eos = _id(tokenizer.pad_token_id), _id(tokenizer.eos_token_id)
-    config = cast("Any", MarianConfig)(
+    config = cast(
+        "Any", MarianConfig
+    )(
         vocab_size=len(tokenizer),
         d_model=size.width,
         encoder_layers=size.layers,
@@ -73,6 +75,7 @@ def make_translator(size: Size, tokenizer: PreTrainedTokenizerBase, longest: int
         eos_token_id=eos,
         decoder_start_token_id=pad,
         forced_eos_token_id=None,
+        attn_implementation="eager",  # on a CPU the fused kernel's backward pass takes longer than all matrix products together
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +41,19 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def copying(self) -> Pairs:
+        """The same sources, each with its own beginning as its target, as long as the target was.
+
+        Raises:
+            InputError: where the sources are pictures, which cannot be copied into a text.
+        """
+        if isinstance(self.sources, Tensor):
+            raise InputError("copying is of texts, and these sources are pictures; leave it out")
+        beginnings = [
+            [*source[: len(target) - 1], target[-1]] for source, target in zip(self.sources, self.targets, strict=True)
+        ]
+        return Pairs(self.sources, beginnings, self.pad)
 
     def inputs(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         """What the model conditions on, by the names of its `forward` and `generate`."""
@@ -103,12 +115,6 @@ def token_loss(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
     )
     return loss, int((labels != IGNORED).sum())
-
-
-def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16 where the hardware has them: nearly three times as fast on a CPU that does. Weights stay in float32."""
-    able = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=able)
 
 
 def greedy(
