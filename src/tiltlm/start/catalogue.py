@@ -103,7 +103,7 @@ CAPTIONS = Start(
     reads="image",
     data="emoji-scenes",
     size=Size(width=160, layers=3, heads=5, feedforward=480),
-    schedule=Schedule(seconds=150.0, batch_tokens=1024, lr=2e-3),
+    schedule=Schedule(seconds=150.0, batch_tokens=1024, lr=2e-3, bfloat16=True),
     vocabulary=2000,
     longest_source=1,
     longest_target=40,

@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.scratch.architecture import Size, make_captioner, make_translator
 from tiltlm.lm.scratch.efficientnet_lite import image_processor, load_efficientnet_lite
-from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, read_image, token_loss
+from tiltlm.lm.scratch.pairs import Pairs, greedy, image_states, mixed_precision, read_image, token_loss
 from tiltlm.lm.scratch.vocabulary import train_tokenizer
 from tiltlm.start import training
 from tiltlm.start.catalogue import Rows, Start, columns_of, find_start
@@ -168,7 +168,8 @@ def _make(start: Start, data: Any, folder: Path, key: str, progress: NewBar) -> 
     beginnings = bench.learn.copying() if schedule.copying else bench.learn
 
     def loss(rows: Sequence[int], copying: bool) -> tuple[Tensor, int]:
-        return token_loss(model, beginnings if copying else bench.learn, rows, schedule.smoothing)
+        with mixed_precision(model.device) if schedule.bfloat16 else nullcontext():
+            return token_loss(model, beginnings if copying else bench.learn, rows, schedule.smoothing)
 
     state = training.train(
         model,

@@ -117,6 +117,12 @@ def token_loss(
     return loss, int((labels != IGNORED).sum())
 
 
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 where the hardware has them; weights stay in float32."""
+    able = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
+
+
 def greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
