@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -274,6 +275,12 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any], kind: type[Recipe] 
         return kind.model_validate(values | given)
     except ValidationError as error:
         raise InputError(_sentence(error, file, given)) from error
+
+
+def with_versions(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, with the versions of the packages that its numbers depend on."""
+    names = ("tiltlm", "torch", "transformers", "peft")
+    return {**recipe.model_dump(), "versions": {name: importlib.metadata.version(name) for name in names}}
 
 
 def quickened(recipe: Recipe) -> Recipe:

@@ -7,7 +7,6 @@ The folder holds `recipe.json`, `plan.json`, `prior/` (the prior's draws), `chec
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ from tiltlm.workflow.files import require_writable_folder, unwritable, write_jso
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
-from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.recipe import Recipe, with_versions
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import side_by_side, signs_of_hacking
 from tiltlm.workflow.sampling import edited, resampled, twisted
@@ -184,7 +183,7 @@ class Run:
         self.check()
         require_writable_folder(self.recipe.folder)
         found = self._planned
-        self._write("recipe.json", self._recipe_with_versions())
+        self._write("recipe.json", with_versions(self.recipe))
         self._write("plan.json", found.as_dict())
         return found
 
@@ -258,7 +257,7 @@ class Run:
             refuse_earlier(r.folder)
         beta = self.chosen_beta()
         if not resume:
-            self._write("recipe.json", self._recipe_with_versions())
+            self._write("recipe.json", with_versions(self.recipe))
             if r.beta is None:
                 self._write("plan.json", self._planned.as_dict())
         return beta
@@ -284,7 +283,7 @@ class Run:
             gold=self.gold,
             settings=self.training_settings(),
         )
-        self._write("recipe.json", self._recipe_with_versions())
+        self._write("recipe.json", with_versions(self.recipe))
         self._save_policy(policy, beta)
         return beta
 
@@ -304,7 +303,7 @@ class Run:
             policy.save(folder)
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
-        self._write("policy/tiltlm.json", {"beta": beta, "recipe": self._recipe_with_versions()})
+        self._write("policy/tiltlm.json", {"beta": beta, "recipe": with_versions(self.recipe)})
         write_text(self.recipe.folder / "policy" / "README.md", model_card(self.recipe.folder))
 
     # --- certify ---
@@ -394,10 +393,6 @@ class Run:
 
     def _reporting(self, sampler: Any, what: str, count: int) -> Any:
         return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))
-
-    def _recipe_with_versions(self) -> dict[str, Any]:
-        names = ("tiltlm", "torch", "transformers", "peft")
-        return {**self.recipe.model_dump(), "versions": {name: importlib.metadata.version(name) for name in names}}
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
