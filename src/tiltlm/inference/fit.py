@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltlm.diagnostics.certificate import Certificate, certify
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, at_least_one, not_negative
 from tiltlm.evidence.gold import Gold
 from tiltlm.evidence.running.tally import SlowRewardWatch, counting
 from tiltlm.inference import checkpoint
@@ -80,12 +80,8 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples", "gold_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "certify_every", "patience", "seconds", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        at_least_one(self, "steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples", "gold_every")
+        not_negative(self, "warmup", "certify_every", "patience", "seconds", "weight_decay")
         for name, example in (("lr", "3e-4"), ("engine_lr", "0.01")):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1, for example {example}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, at_least_one, not_negative
 from tiltlm.inference import checkpoint
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.seeds import generator
@@ -57,15 +57,11 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "validate_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_one(self, "steps", "batch_tokens", "validate_every")
         for name, example in (("seconds", "180"), ("clip", "1.0")):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive, for example {example}")
-        for name in ("warmup", "patience", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "warmup", "patience", "weight_decay", "seed")
         if not 0 < self.lr < 1:
             raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-3")
         if not 0 <= self.smoothing < 1:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.errors import InputError, TiltWarning
+from tiltlm.errors import InputError, TiltWarning, at_least_one
 from tiltlm.inference.decoding.particles import Chance, Particles, Random, Resample
 from tiltlm.inference.decoding.proposal import prefix_proposal
 from tiltlm.protocols import Claim, PrefixSampler, Sampler, Twist, TwistWalk, Walk
@@ -86,9 +86,7 @@ class SMC:
     claim = Claim(fixed_point="p*", objective="law", bias="1/n", source="Zhao et al. 2024; Del Moral 2004")
 
     def __post_init__(self) -> None:
-        for name in ("particles", "repeats", "rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_one(self, "particles", "repeats", "rows")
         if not (self.twist is None or hasattr(self.twist, "twist_walk") or callable(self.twist)):
             raise InputError(
                 f"twist is {self.twist!r}; give a critic, a function of prefixes such as prefix_evidence, or None"

@@ -17,7 +17,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, at_least_one
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class Size:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "feedforward"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_one(self, "width", "layers", "heads", "feedforward")
         if self.width % self.heads:
             raise InputError(f"heads is {self.heads} and width {self.width}; take heads that divide the width")
         if not 0 <= self.dropout < 1:

@@ -9,7 +9,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, at_least_one, not_negative
 from tiltlm.inference.training import settling
 from tiltlm.inference.training.policy_gradients.advantages import (
     Advantage,
@@ -102,11 +102,8 @@ class GRPO:
     def __post_init__(self) -> None:
         if self.group < 2:
             raise InputError(f"group is {self.group}; GRPO compares the completions of a prompt, so take at least 2")
-        for name in ("updates", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.kl_coefficient >= 0:
-            raise InputError(f"kl_coefficient is {self.kl_coefficient}; it must not be negative")
+        at_least_one(self, "updates", "max_length")
+        not_negative(self, "kl_coefficient")
         if not (0 < self.clip_low <= 1 and self.clip_high > 0):
             raise InputError(
                 f"clip_low is {self.clip_low} and clip_high is {self.clip_high}; both must be positive, clip_low at most 1"

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, at_least_one
 from tiltlm.inference.training.policy_gradients.aggregate import (
     Aggregate,
     constant_length,
@@ -132,9 +132,7 @@ class PPO:
     max_length: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("group", "updates", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_one(self, "group", "updates", "max_length")
         for name in ("gamma", "lam"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1 (1 is exact)")
