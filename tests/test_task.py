@@ -89,6 +89,17 @@ class TestTable:
         (here / "rewards.py").write_text((here / "rewards.py").read_text() + "\n# another\n")
         assert "trained with other settings" in cli("task", own, *flags).err
 
+    def test_a_method_may_have_its_own_keys(self, cli, refused, here, own):
+        flags = ["--methods", "policy,dpo", "--draws", 4, "--json", "t.json"]
+        assert cli("task", own, *flags).code == 0
+        texts = {name: (here / f"run/task/{name}-0.json").read_text() for name in ("policy", "dpo")}
+        write(own, yaml.safe_load(own.read_text()) | {"methods": {"dpo": {"lr": 0.05}}})
+        assert cli("task", own, *flags).code == 0
+        assert (here / "run/task/policy-0.json").read_text() == texts["policy"]
+        assert (here / "run/task/dpo-0.json").read_text() != texts["dpo"]
+        write(own, yaml.safe_load(own.read_text()) | {"methods": {"dpo": {"lrr": 0.05}}})
+        assert "methods: dpo: unknown key 'lrr'" in refused("task", own, *flags)
+
     def test_refusals(self, refused, here, own):
         assert "method is 'ppo'" in refused("task", own, "--methods", "ppo")
         assert "baseline is 'sft'" in refused("task", own, "--methods", "prior,policy", "--baseline", "sft")

@@ -76,7 +76,7 @@ GROUPS = {
     ),
 }
 """The panels of --help, and which fields are in them."""
-FILE_ONLY = ("metrics", "quick")
+FILE_ONLY = ("metrics", "methods", "quick")
 """Fields that are too much for a flag."""
 
 

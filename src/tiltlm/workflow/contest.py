@@ -14,7 +14,7 @@ from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Replay
 from tiltlm.report.comparison import write_comparison
 from tiltlm.workflow.files import require_writable_folder, write_json
-from tiltlm.workflow.run import Run
+from tiltlm.workflow.run import Run, lora_of, training_of
 
 TEACHER = "best-of-n"
 """Whose samples an engine learns from that learns from given completions."""
@@ -75,8 +75,8 @@ def contest(
             target,
             run.prompts,
             contenders,
-            settings=run.training_settings(),
-            lora=run.lora(),
+            settings=training_of(run.recipe),
+            lora=lora_of(run.recipe),
             evaluation=run.recipe.samples,
             exact_budget=run.recipe.exact_budget,
             gold=run.gold,

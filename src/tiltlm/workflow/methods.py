@@ -26,6 +26,8 @@ from tiltlm.protocols import Sampler
 from tiltlm.records import Prompts, Weighted
 from tiltlm.weights import group_sum, normalise
 from tiltlm.workflow.files import write_json
+from tiltlm.workflow.recipe import for_method
+from tiltlm.workflow.run import lora_of, training_of
 from tiltlm.workflow.templates import templated
 
 if TYPE_CHECKING:
@@ -155,15 +157,15 @@ class Bench:
         return Outcome(self.method, self.seed, returned.runs[0], reward, seconds=seconds)
 
     def trained(self, engine: str, source: Source) -> tuple[Any, float]:
-        """A policy trained by another engine than the recipe's, with the recipe's other settings, and how long it took."""
-        r, began = self.of.recipe, time.perf_counter()
+        """A policy trained by another engine than the recipe's, and how long it took. `methods` may change its other settings."""
+        began, mine = time.perf_counter(), for_method(self.of.recipe, self.method)
         policy = fit(
             self.target,
             source.scored.draws.prompts if isinstance(source, Given) else self.of.prompts,
-            make_trainer(engine, r.group, r.max_new_tokens, {}),
+            make_trainer(engine, mine.group, mine.max_new_tokens, {}),
             source=source,
-            lora=self.of.lora(),
-            settings=self.of.training_settings(),
+            lora=lora_of(mine),
+            settings=training_of(mine),
             monitor=Monitor(console=self.task.console, what=f"{self.method}, seed {self.seed}"),
         )
         return policy, time.perf_counter() - began

@@ -136,6 +136,9 @@ class Recipe(BaseModel):
         description="parts that completions of the test prompts are judged by, such as {part: chrf, column: reference}",
     )
     baselines: list[str] = Field([], description="further rows of --table: prior/mbr, copy, lead-N")
+    methods: dict[str, dict[str, Any]] = Field(
+        {}, description="keys that another method than the recipe's engine trains with, such as dpo: {lr: 3e-5}"
+    )
     completion: str = Field(
         "{{ reference }}", description="Jinja2 template of the columns: the completion that sft learns"
     )
@@ -290,10 +293,23 @@ def quickened(recipe: Recipe) -> Recipe:
         InputError: for a change that is no key of a recipe.
     """
     values = {**recipe.model_dump(), "out": f"{recipe.out}-quick", **recipe.quick, "quick": {}}
+    return _validated(recipe, values, "quick")
+
+
+def for_method(recipe: Recipe, method: str) -> Recipe:
+    """The recipe as its `methods` has it for one of them.
+
+    Raises:
+        InputError: for a change that is no key of a recipe.
+    """
+    return _validated(recipe, {**recipe.model_dump(), **recipe.methods.get(method, {})}, f"methods: {method}")
+
+
+def _validated(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return type(recipe).model_validate(values)
     except ValidationError as error:
-        raise InputError(f"quick: {_sentence(error, None, {})}") from error
+        raise InputError(f"{where}: {_sentence(error, None, {})}") from error
 
 
 def _yaml(file: Path) -> dict[str, Any]:

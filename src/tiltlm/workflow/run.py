@@ -274,28 +274,18 @@ class Run:
             self.prompts if r.data is None else self.given.draws.prompts,
             self.engine,
             source=source_of(r, lambda: self.given),
-            lora=self.lora(),
+            lora=lora_of(r),
             start=r.start,
             out=r.folder,
             resume=resume,
             monitor=monitor,
             prior_draws=prior_draws,
             gold=self.gold,
-            settings=self.training_settings(),
+            settings=training_of(r),
         )
         self._write("recipe.json", with_versions(self.recipe))
         self._save_policy(policy, beta)
         return beta
-
-    def lora(self) -> LoRA | None:
-        """The adapter to train; None trains all weights."""
-        r = self.recipe
-        return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
-
-    def training_settings(self) -> Training:
-        """The loop's settings."""
-        names = set(Training.__dataclass_fields__)
-        return Training(**{name: value for name, value in self.recipe.model_dump().items() if name in names})
 
     def _save_policy(self, policy: Any, beta: float) -> None:
         folder = self.recipe.folder / "policy"
@@ -396,3 +386,15 @@ class Run:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
+
+
+def lora_of(recipe: Recipe) -> LoRA | None:
+    """The adapter to train; None trains all weights."""
+    r = recipe
+    return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
+
+
+def training_of(recipe: Recipe) -> Training:
+    """The loop's settings."""
+    names = set(Training.__dataclass_fields__)
+    return Training(**{name: value for name, value in recipe.model_dump().items() if name in names})

@@ -26,7 +26,7 @@ from tiltlm.target import Target
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.methods import Bench, Outcome, method_of
-from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.recipe import Recipe, for_method
 from tiltlm.workflow.run import Progress, Run
 from tiltlm.workflow.templates import templated
 
@@ -132,11 +132,12 @@ class TaskRun:
 
     def key(self, method: str, seed: int) -> str:
         """What a method's completions depend on, as a hash: not the metrics, which are taken anew."""
-        return _hash(self.training_key(seed), method, self.draws, [str(row) for row in self.test_rows])
+        own = self.recipe.methods.get(method, {})
+        return _hash(self.training_key(seed), method, own, self.draws, [str(row) for row in self.test_rows])
 
     def training_key(self, seed: int) -> str:
         """What the recipe's policy depends on, as a hash."""
-        apart = {"out", "metrics", "baselines", "quick", "test", "trackers"}
+        apart = {"out", "metrics", "baselines", "methods", "quick", "test", "trackers"}
         settings = self.recipe.model_dump(exclude=apart) | {"seed": seed, "beta": self.beta}
         return _hash(settings, self._first.reward_code, [str(row) for row in self._first.rows])
 
@@ -176,8 +177,9 @@ def task_table(
     compared = methods[0] if baseline is None else baseline
     if compared not in methods:
         raise InputError(f"baseline is {compared!r}; choose one of the methods, {', '.join(methods)}")
-    for method in methods:
+    for method in methods:  # a typing error shows before hours of training
         method_of(method)
+        for_method(task.recipe, method)
     outcomes = [task.outcome(method, task.recipe.seed + seed) for seed in range(seeds) for method in methods]
     by_method = {method: [found for found in outcomes if found.method == method] for method in methods}
     systems = [
