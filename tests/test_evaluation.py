@@ -150,6 +150,7 @@ def test_scene_f1_by_hand():
     # right, told: 6, 6 | 2 (heart, red), 3 | 0, 0 | 4 (2 objects, 2 counts), 8 (3, 3, 1, 1)
     assert part(said, scene=[json.dumps(truth)] * 4) == pytest.approx([1, 4 / 9, 0, 8 / 14])
     found = part.corpus(said, scene=[truth] * 4)
+    assert found["scene-f1"] == pytest.approx(2 * (6 + 2 + 0 + 4) / ((6 + 3 + 0 + 8) + 4 * 6))
     assert found["objects/precision"] == pytest.approx(5 / 6)
     assert found["objects/recall"] == pytest.approx(5 / 8)
     assert found["counts/f1"] == pytest.approx(2 * 4 / (6 + 8))
@@ -160,6 +161,7 @@ def test_scene_f1_by_hand():
     cells = ev.evaluate_systems(
         "captions", {"scene": [truth] * 4}, [ev.System.of("x", said)], ev.task_metrics("captions")
     ).rows["x"]
+    assert cells["scene-f1"].estimate.value == pytest.approx(24 / 41)
     assert cells["scene-f1/objects/f1"].estimate.value == pytest.approx(2 * 5 / (6 + 8))
 
 

@@ -194,12 +194,12 @@ class SceneF1(Part):
         return torch.tensor(rows, dtype=torch.float64), self._from_sums
 
     def corpus(self, texts: Sequence[str], **columns: Sequence[Any]) -> dict[str, float]:
-        """Precision, recall and F1 of each aspect over all captions."""
+        """F1 of all facts together over all captions, and precision, recall and F1 of each aspect."""
         counts, meaning = self.summable(texts, **columns)
         return meaning(counts.sum(0))
 
     def _from_sums(self, sums: Float[Tensor, " S"]) -> dict[str, float]:
-        found = {}
+        found = {self.label: _f1(*sums.view(-1, 3).sum(0).tolist())}
         for aspect, (right, told, true) in zip(self.aspects, sums.view(-1, 3).tolist(), strict=True):
             found |= {
                 f"{aspect}/precision": right / told if told else float(not true),
