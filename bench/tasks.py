@@ -1,8 +1,8 @@
 """The five applications, every method with three seeds: `tiltlm task NAME --table` of each, as JSON and as a table for the docs.
 
-    python bench/tasks.py                        # all five; hours on two cores, and it goes on where it was cut off
-    python bench/tasks.py qa --out runs          # one
-    python bench/tasks.py --written              # only the tables again, from the JSON files that are there
+python bench/tasks.py                        # all five; hours on two cores, and it goes on where it was cut off
+python bench/tasks.py qa --out runs          # one
+python bench/tasks.py --written              # only the tables again, from the JSON files that are there
 """
 
 import argparse
@@ -45,7 +45,9 @@ def table(result: dict) -> str:
         cells = [cell(system["metrics"].get(metric)) for metric in metrics]
         bound = certified[system["name"]]
         seconds = "–" if system["seconds"] is None else f"{system['seconds']:.0f}"
-        lines.append("| " + " | ".join([system["name"], *cells, "–" if bound is None else f"{bound:.2f}", seconds]) + " |")
+        lines.append(
+            "| " + " | ".join([system["name"], *cells, "–" if bound is None else f"{bound:.2f}", seconds]) + " |"
+        )
     seeds = max(system["seeds"] for system in result["systems"])
     return "\n".join(lines) + f"\n\n{result['prompts']} test prompts, {seeds} seeds, beta {result['beta']:.3g}.\n"
 

@@ -165,6 +165,25 @@ def test_scene_f1_by_hand():
     assert cells["scene-f1/objects/f1"].estimate.value == pytest.approx(2 * 5 / (6 + 8))
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("a tree above a cat", 1.0),
+        ("a cat below a tree", 1.0),
+        ("a cat under a tree", 1.0),
+        ("a tree below a cat", 0.0),
+        ("a cat above a tree", 0.0),
+        ("a tree next to a cat", 0.0),
+    ],
+)
+def test_a_relation_may_be_told_from_either_side(said, right):
+    part = rewards.SceneF1(aspects=("relations",))
+    scene = {"objects": [{"name": "tree"}, {"name": "cat"}], "relation": "above"}
+    assert part([said], scene=[scene]) == [right]
+    beside = {"objects": [{"name": "tree"}, {"name": "cat"}], "relation": "next to"}
+    assert part(["a cat beside a tree"], scene=[beside]) == [1.0]
+
+
 # --- errors ---
 
 

@@ -25,6 +25,16 @@ RELATIONS = (
     "to the left of", "to the right of", "left of", "right of", "in front of", "next to",
     "above", "below", "under", "over", "beside", "behind", "inside", "on",
 )  # fmt: skip
+SAME = {
+    "left of": "to the left of",
+    "right of": "to the right of",
+    "over": "above",
+    "under": "below",
+    "beside": "next to",
+}
+CONVERSE = {"to the right of": "to the left of", "below": "above", "behind": "in front of"}
+"""Whoever is `how` somebody has that one `CONVERSE[how]` themselves."""
+MUTUAL = ("next to",)
 COUNTED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: number for number, word in enumerate(COUNTED)}
 ARTICLES = ("a", "an", "the")
@@ -80,7 +90,10 @@ class Scene:
         return Scene(tuple(things), tuple(relations))
 
     def facts(self, aspects: Sequence[str] = ASPECTS) -> frozenset[Fact]:
-        """What it says of each aspect, as facts that can be counted. An object's count is the sum over its colours."""
+        """What it says of each aspect, as facts that can be counted.
+
+        An object's count is the sum over its colours. "a cat below a tree" is the same fact as "a tree above a cat".
+        """
         totals: dict[str, int] = {}
         for thing in self.things:
             totals[thing.name] = totals.get(thing.name, 0) + thing.count
@@ -88,9 +101,17 @@ class Scene:
             "objects": {("objects", name) for name in totals},
             "counts": {("counts", name, n) for name, n in totals.items()},
             "colours": {("colours", t.name, t.colour) for t in self.things if t.colour},
-            "relations": {("relations", *relation) for relation in self.relations},
+            "relations": {("relations", *_one_way(*relation)) for relation in self.relations},
         }
         return frozenset().union(*(found[aspect] for aspect in aspects))
+
+
+def _one_way(first: str, how: str, second: str) -> Fact:
+    """One of the two ways to say how things stand to each other."""
+    how = SAME.get(how, how)
+    if how in CONVERSE:
+        return (second, CONVERSE[how], first)
+    return (*sorted((first, second)), how) if how in MUTUAL else (first, how, second)
 
 
 def read_scene(
