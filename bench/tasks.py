@@ -7,13 +7,23 @@ python bench/tasks.py --written              # only the tables again, from the J
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import plotly.graph_objects as go
+
+from tiltlm.report.betas import betas_figure
+from tiltlm.report.figures import write_figure
+from tiltlm.report.palette import LIGHT
+from tiltlm.report.tasks import task_figure
 from tiltlm.tasks import tasks
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+PAPER = LIGHT["paper"]
 
 
 def main() -> None:
@@ -28,7 +38,31 @@ def main() -> None:
             command = ["-m", "tiltlm", "task", name, "--table", "--out", chosen.out / name, "--json", file]
             subprocess.run([sys.executable, *map(str, command)], check=True)
         if file.is_file():
-            file.with_suffix(".md").write_text(table(json.loads(file.read_text())))
+            result = json.loads(file.read_text())
+            file.with_suffix(".md").write_text(table(result))
+            photograph(task_figure(result, shown(result)), DOCS / f"task-{name}.png")
+        betas = RESULTS / f"betas-{name}.json"
+        if betas.is_file():
+            photograph(betas_figure(json.loads(betas.read_text())), DOCS / f"betas-{name}.png")
+
+
+def shown(result: dict) -> list[str]:
+    """Metrics without the finer ones, such as an aspect's recall, of which there are too many for a picture or a table."""
+    return [name for name in result["metrics"] if "/" not in name]
+
+
+def photograph(figure: go.Figure, file: Path) -> None:
+    """A figure as PNG, twice as fine as it is wide."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        print(f"no Chromium here: {file} stays as it is")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_figure(figure.update_layout(paper_bgcolor=PAPER), Path(folder) / "figure.html")
+        size = f"--window-size={int(figure.layout.width or 900) + 20},{int(figure.layout.height) + 20}"
+        flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=2", size]
+        command = [browser, *flags, "--virtual-time-budget=5000", f"--screenshot={file.resolve()}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
 
 
 def table(result: dict) -> str:
@@ -38,7 +72,7 @@ def table(result: dict) -> str:
         if outcome["kl_posterior"] is not None:
             low = outcome["kl_posterior"]["low"]
             certified[outcome["method"]] = min(low, certified[outcome["method"]] or low)
-    metrics = [name for name in result["metrics"] if not name.endswith(("/precision", "/recall"))]  # JSON has them all
+    metrics = shown(result)
     heads = ["", *metrics, "KL to p*, at least", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for system in result["systems"]:

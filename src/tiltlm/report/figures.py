@@ -60,7 +60,7 @@ def write_figure(figure: go.Figure, path: Path) -> Path:
         InputError: if the file cannot be written.
     """
     try:
-        figure.write_html(path, include_plotlyjs=True)
+        figure.write_html(path, include_plotlyjs=True, config={"displayModeBar": False})
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
     return path
