@@ -16,7 +16,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from tiltlm.report.betas import betas_figure
-from tiltlm.report.figures import write_figure
+from tiltlm.report.canvas import write_figure
 from tiltlm.report.palette import LIGHT
 from tiltlm.report.tasks import task_figure
 from tiltlm.tasks import tasks

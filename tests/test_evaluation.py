@@ -17,7 +17,7 @@ from tiltlm import rewards
 from tiltlm.evaluation.uncertainty import mean_of
 from tiltlm.posterior import exact as ex
 from tiltlm.records import Weighted
-from tiltlm.report.figures import write_figure
+from tiltlm.report.canvas import write_figure
 from tiltlm.report.tasks import task_figure
 from tiltlm.rewards.scenes import Scene, Thing, read_scene, singular
 from tiltlm.testing import small_language

@@ -16,12 +16,13 @@ from rich.console import Console
 
 from tiltlm.errors import InputError
 from tiltlm.report.card import model_card
-from tiltlm.report.figures import frontier_figure, smooth, training_panels
 from tiltlm.report.folder import read_run
+from tiltlm.report.frontier import frontier_figure
 from tiltlm.report.html import write_report
 from tiltlm.report.landing import shortfall
 from tiltlm.report.legend import legend
 from tiltlm.report.palette import DARK, LIGHT
+from tiltlm.report.panels import smooth, training_panels
 from tiltlm.report.prompts import prompts_figure
 from tiltlm.report.summary import summary_table
 from tiltlm.report.words import headline, show

@@ -46,7 +46,8 @@ def task(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="by commas: prior, prior/greedy, sft, best-of-n, smc, policy, policy/greedy, dpo, policy/smc; and prior/mbr, copy, lead-N"
+            help="by commas: prior, prior/greedy, sft, best-of-n, smc, policy, policy/greedy, dpo, policy/smc; and sft/policy, prior/mbr, "
+            "copy, lead-N"
         ),
     ] = None,
     baseline: Annotated[
@@ -63,7 +64,7 @@ def task(
 ) -> None:
     """Run an application: train on its data, and judge prior and policy on the untouched test set."""
     from tiltlm.lm.load import quieten
-    from tiltlm.report.figures import write_figure
+    from tiltlm.report.canvas import write_figure
     from tiltlm.workflow.task import TaskRun
 
     chosen = quickened(recipe) if quick else recipe

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from tiltlm.report.figures import add_best_of_n, add_curve, add_prior, canvas, origin
+from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json
+from tiltlm.report.frontier import add_best_of_n, add_curve, add_prior, label_betas, origin
 from tiltlm.report.landing import Z95, frontier_of
 from tiltlm.report.palette import LIGHT
 
@@ -27,8 +29,8 @@ def betas_figure(sweep: Json) -> go.Figure:
     for point in points:
         _lead(figure, point)
     _rings(figure, points)
-    _dots(figure, points)
-    figure.update_xaxes(range=[-0.025 * right, right])
+    _dots(figure, points, right)
+    figure.update_xaxes(range=[-0.06 * right, right])  # the labels of the largest betas stand left of the prior
     return figure
 
 
@@ -49,34 +51,53 @@ def _lead(figure: go.Figure, point: Json) -> None:
 
 def _rings(figure: go.Figure, points: Sequence[Json]) -> None:
     once = {point["beta"]: point["predicted"] for point in points}
-    figure.add_scatter(
-        x=[p["kl"] for p in once.values()],
-        y=[p["reward"] for p in once.values()],
-        mode="markers+text",
+    label_betas(
+        figure,
+        [(beta, p["kl"], p["reward"]) for beta, p in once.items()],
         marker={"size": 13, "color": LIGHT["paper"], "line": {"color": LIGHT["posterior"], "width": 2.5}},
-        text=[f"β {beta:g}  " for beta in once],
-        textposition="top left",
-        textfont={"size": 12, "color": LIGHT["posterior"]},
         name="the posterior at β, predicted",
         legendrank=3,
         hovertemplate="<b>%{text}, predicted</b><br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
     )
 
 
-def _dots(figure: go.Figure, points: Sequence[Json]) -> None:
+def _dots(figure: go.Figure, points: Sequence[Json], right: float) -> None:
     bar = {"type": "data", "color": LIGHT["policy"], "thickness": 1.6, "width": 4}
+    at = [(point["kl"]["value"], point["reward"]["value"]) for point in points]
     figure.add_scatter(
-        x=[point["kl"]["value"] for point in points],
-        y=[point["reward"]["value"] for point in points],
+        x=[kl for kl, _ in at],
+        y=[reward for _, reward in at],
         error_x={"array": [Z95 * point["kl"]["stderr"] for point in points], **bar},
         error_y={"array": [Z95 * point["reward"]["stderr"] for point in points], **bar},
         mode="markers+text",
         marker={"size": 11, "color": LIGHT["policy"]},
-        text=[f"  β {point['beta']:g}" for point in points],
-        textposition="bottom right",
+        text=[f"  β {point['beta']:g}  " for point in points],
+        textposition=_beside(at, right),
         textfont={"size": 12, "color": LIGHT["policy"]},
         name="the policy trained at β",
         legendrank=6,
         customdata=[point["seed"] for point in points],
         hovertemplate="<b>%{text}</b>, seed %{customdata}<br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
     )
+
+
+CORNERS = {"bottom right": (1, -1), "top right": (1, 1), "bottom left": (-1, -1), "top left": (-1, 1)}
+LABEL = (0.04, 0.04)
+"""How far a label's middle is from its dot, as shares of the picture."""
+
+
+def _beside(at: Sequence[tuple[float, float]], right: float) -> list[str]:
+    """For each dot the corner whose label is farthest from the other dots and from the labels before it."""
+    heights = [reward for _, reward in at]
+    tall = 2 * (max(heights) - min(heights)) or 1.0  # dots fill about half of the picture's height
+    dots = [(kl / right, reward / tall) for kl, reward in at]
+    chosen: list[str] = []
+    labels: list[tuple[float, float]] = []
+    for own, (x, y) in enumerate(dots):
+        taken = [*(dot for other, dot in enumerate(dots) if other != own), *labels]
+        spots = {name: (x + a * LABEL[0], y + b * LABEL[1]) for name, (a, b) in CORNERS.items()}
+        room = {name: min((math.dist(spot, other) for other in taken), default=1.0) for name, spot in spots.items()}
+        best = max(room, key=lambda name: min(room[name], 0.1))
+        chosen.append(best)
+        labels.append(spots[best])
+    return chosen

@@ -9,7 +9,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from tiltlm.errors import InputError
-from tiltlm.report.figures import canvas
+from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json, finite
 from tiltlm.report.html import embed, page
 from tiltlm.report.palette import LIGHT

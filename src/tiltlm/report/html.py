@@ -13,10 +13,11 @@ from plotly.offline import get_plotlyjs
 
 from tiltlm.errors import InputError
 from tiltlm.report import words
-from tiltlm.report.figures import frontier_figure, training_panels
 from tiltlm.report.folder import Json, Run, finite, read_run
+from tiltlm.report.frontier import frontier_figure
 from tiltlm.report.legend import legend
 from tiltlm.report.palette import DARK, FONT, LIGHT, to_dark
+from tiltlm.report.panels import training_panels
 from tiltlm.report.prompts import MOST, prompts_figure
 
 OPEN = 4

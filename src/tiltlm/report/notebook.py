@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import plotly.graph_objects as go
 
-from tiltlm.report.figures import frontier_figure
 from tiltlm.report.folder import Run
+from tiltlm.report.frontier import frontier_figure
 
 
 class Facts(Protocol):

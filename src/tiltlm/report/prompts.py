@@ -10,7 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from tiltlm.report.figures import canvas
+from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json, Run, finite
 from tiltlm.report.landing import predicted
 from tiltlm.report.palette import LIGHT

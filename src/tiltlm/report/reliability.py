@@ -8,7 +8,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from tiltlm.errors import InputError
-from tiltlm.report.figures import canvas
+from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json
 from tiltlm.report.html import embed, page
 from tiltlm.report.legend import legend

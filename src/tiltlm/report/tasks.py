@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tiltlm.report.figures import canvas
+from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json, finite
 from tiltlm.report.palette import LIGHT
 from tiltlm.report.words import show

@@ -58,8 +58,9 @@ class Sweep:
     points: tuple[Reached, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"task": self.name, "plan": self.plan.as_dict(), "points": [point.as_dict() for point in self.points]}
+        """Plain values for JSON; of the plan what the picture needs."""
+        plan = {name: value for name, value in self.plan.as_dict().items() if name != "per_prompt"}
+        return {"task": self.name, "plan": plan, "points": [point.as_dict() for point in self.points]}
 
     def __rich__(self) -> Table:
         title = (

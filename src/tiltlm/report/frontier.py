@@ -1,69 +1,19 @@
-"""The report's pictures, as Plotly figures in the light palette on a transparent ground."""
+"""Expected reward against KL to the prior: the predicted frontier, best of n, and where the policy went."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from tiltlm.errors import InputError
+from tiltlm.report.canvas import canvas, error_bars
 from tiltlm.report.folder import Json, Run, finite
 from tiltlm.report.landing import at_beta, frontier_of, predicted, shortfall
-from tiltlm.report.palette import FONT, LIGHT
-from tiltlm.report.words import show, show_beta, show_range, spread
-
-
-def canvas(height: int, x: str, y: str = "") -> go.Figure:
-    """An empty figure: hairline grid, no box, room for what is said."""
-    axis: dict[str, Any] = {
-        "gridcolor": LIGHT["grid"],
-        "linecolor": LIGHT["rule"],
-        "tickcolor": LIGHT["rule"],
-        "zeroline": False,
-        "automargin": True,
-        "ticks": "outside",
-        "ticklen": 4,
-        "tickfont": {"color": LIGHT["muted"], "size": 12},
-        "title": {"font": {"color": LIGHT["muted"], "size": 13}, "standoff": 12},
-    }
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        height=height,
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "size": 13, "color": LIGHT["ink"]},
-        margin={"l": 12, "r": 12, "t": 14, "b": 12},
-        hovermode="closest",
-        hoverlabel={
-            "bgcolor": LIGHT["paper"],
-            "bordercolor": LIGHT["rule"],
-            "font": {"color": LIGHT["ink"], "size": 13},
-        },
-        hoverlabel_align="left",
-        dragmode=False,
-        showlegend=False,  # see legend.py
-    )
-    figure.update_xaxes(**axis, title_text=x, showline=True)
-    figure.update_yaxes(**axis, title_text=y, showline=False)
-    return figure
-
-
-def write_figure(figure: go.Figure, path: Path) -> Path:
-    """A picture in a file that needs nothing else.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    try:
-        figure.write_html(path, include_plotlyjs=True, config={"displayModeBar": False})
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}); check its permissions") from error
-    return path
+from tiltlm.report.palette import LIGHT
+from tiltlm.report.panels import smooth
+from tiltlm.report.words import show, show_beta, spread
 
 
 def frontier_figure(run: Run) -> go.Figure:
@@ -190,7 +140,7 @@ def add_prior(figure: go.Figure, prior: Json) -> None:
     figure.add_scatter(
         x=[0.0],
         y=[value],
-        error_y=_bars(value, low, high, LIGHT["prior"]),
+        error_y=error_bars(value, low, high, LIGHT["prior"]),
         mode="markers+text",
         marker={"size": 11, "color": LIGHT["prior"]},
         text=["prior"],
@@ -202,23 +152,9 @@ def add_prior(figure: go.Figure, prior: Json) -> None:
     )
 
 
-def _bars(value: float, low: float | None, high: float | None, colour: str) -> dict[str, Any]:
-    if low is None or high is None:
-        return {"visible": False}
-    ends = {"array": [high - value], "arrayminus": [value - low]}
-    return {"type": "data", "symmetric": False, "color": colour, "thickness": 1.6, "width": 4, **ends}
-
-
 def _pairs(metrics: Sequence[Json]) -> list[tuple[float, float]]:
     both = [(finite(row.get("kl_prior")), finite(row.get("reward"))) for row in metrics]
     return [(kl, reward) for kl, reward in both if kl is not None and reward is not None]
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a tenth of the run (three steps at least), narrower at the ends."""
-    half = max(1, len(values) // 20)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [math.fsum(window) / len(window) for window in windows]
 
 
 def smooth_path(metrics: Sequence[Json]) -> list[tuple[float, float]]:
@@ -291,8 +227,8 @@ def _add_policy(figure: go.Figure, run: Run) -> None:
     figure.add_scatter(
         x=[kl],
         y=[reward],
-        error_x=_bars(kl, kl_low, kl_high, LIGHT["policy"]),
-        error_y=_bars(reward, low, high, LIGHT["policy"]),
+        error_x=error_bars(kl, kl_low, kl_high, LIGHT["policy"]),
+        error_y=error_bars(reward, low, high, LIGHT["policy"]),
         mode="markers",
         marker={"size": 13, "color": LIGHT["policy"]},
         name="policy, certified",
@@ -317,16 +253,21 @@ def _add_betas(figure: go.Figure, run: Run, points: Sequence[Json], right: float
             spots.append(spot)
     if not spots:
         return
+    marker = {"size": 6, "color": LIGHT["posterior"]}
+    on_curve = [(p["beta"], p["kl"]["value"], p["reward"]["value"]) for p in spots]
+    label_betas(figure, on_curve, marker=marker, hoverinfo="skip", showlegend=False)
+
+
+def label_betas(figure: go.Figure, points: Sequence[tuple[float, float, float]], **looks: Any) -> None:
+    """Markers of (beta, KL, reward), each with its beta to the left."""
     figure.add_scatter(
-        x=[p["kl"]["value"] for p in spots],
-        y=[p["reward"]["value"] for p in spots],
+        x=[kl for _, kl, _ in points],
+        y=[reward for *_, reward in points],
         mode="markers+text",
-        marker={"size": 6, "color": LIGHT["posterior"]},
-        text=[f"β {p['beta']:g}  " for p in spots],
+        text=[f"β {beta:g}  " for beta, *_ in points],
         textposition="top left",
         textfont={"size": 12, "color": LIGHT["posterior"]},
-        hoverinfo="skip",
-        showlegend=False,
+        **looks,
     )
 
 
@@ -340,62 +281,3 @@ def _round_betas(points: Sequence[Json]) -> list[float]:
         float(f"{mantissa * 10.0**decade:.3g}") for mantissa in (1.0, 2.0, 5.0, 3.0, 1.5, 7.0) for decade in decades
     ]
     return [beta for beta in found if min(betas) <= beta <= max(betas)]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One of the small multiples; `goal` says what its dashed line is."""
-
-    title: str
-    unit: str
-    goal: str
-    figure: go.Figure
-
-
-def training_panels(run: Run) -> list[Panel]:
-    """Reward, KL to the prior and ELBO over the steps, each with what the plan says of the posterior."""
-    aim = predicted(run) or {}
-    log_z = (run.certificate or {}).get("log_z_lower") or aim.get("log_z")
-    columns = (
-        ("reward", "Mean reward", "reward units", aim.get("reward"), "predicted"),
-        ("kl_prior", "KL to the prior", "nats", aim.get("kl"), "predicted"),
-        ("elbo", "ELBO", "nats", log_z, "log Z ≥"),
-    )
-    panels = []
-    for name, title, unit, aimed, word in columns:
-        pairs = [(row["step"], y) for row in run.metrics if (y := finite(row.get(name))) is not None]
-        goal = finite(aimed["value"]) if aimed else None
-        if pairs:
-            says = "" if goal is None else f"{word} {show(goal)}"
-            panels.append(Panel(title, unit, says, _curve(run, name, pairs, goal)))
-    return panels
-
-
-def _curve(run: Run, name: str, pairs: Sequence[tuple[float, float]], goal: float | None) -> go.Figure:
-    figure = canvas(250, "step")
-    steps, values = [x for x, _ in pairs], [y for _, y in pairs]
-    hover = "step %{x}<br>%{y:.3f}<extra></extra>"
-    line = {"color": LIGHT["policy_faint"], "width": 1.2}
-    figure.add_scatter(x=steps, y=values, mode="lines", line=line, hovertemplate=hover)
-    line = {"color": LIGHT["policy"], "width": 2.2}
-    figure.add_scatter(x=steps, y=smooth(values), mode="lines", line=line, hoverinfo="skip")
-    certified = [(row["step"], row["certificate"]) for row in run.metrics if row.get("certificate")]
-    if run.certificate is not None and not any(step == steps[-1] for step, _ in certified):
-        certified.append((steps[-1], run.certificate))
-    for step, certificate in certified:
-        value, low, high = spread(certificate[name])
-        if value is not None:
-            says = f"{show(value, 3)} {show_range(low, high, 3)}"
-            figure.add_scatter(
-                x=[step],
-                y=[value],
-                error_y=_bars(value, low, high, LIGHT["policy"]),
-                mode="markers",
-                marker={"size": 9, "color": LIGHT["paper"], "line": {"color": LIGHT["policy"], "width": 2}},
-                hovertemplate=f"certificate after step {step}<br>{says}<extra></extra>",
-            )
-    if goal is not None:
-        figure.add_hline(y=goal, line={"color": LIGHT["posterior"], "width": 1.5, "dash": "dash"})
-        # A line that no trace reaches would fall out of the range that Plotly finds by itself.
-        figure.add_scatter(x=[steps[0]], y=[goal], mode="markers", marker={"opacity": 0}, hoverinfo="skip")
-    return figure
