@@ -29,7 +29,9 @@ def own(here, models):
     metrics = [{"part": "chrf", "column": "reference"}, {"part": "repetition"}]
     return write(
         here / "own.yaml",
-        settings(models, **changes, metrics=metrics, quick={"steps": 1}, baselines=["lead-1", "prior/mbr"]),
+        settings(
+            models, **changes, metrics=metrics, quick={"steps": 1}, baselines=["lead-1", "prior/mbr", "sft/policy"]
+        ),
     )
 
 
@@ -38,7 +40,7 @@ class TestTable:
         ended = cli("task", own, "--table", "--seeds", 2, "--draws", 4, "--json", "t.json")
         assert ended.code == 0, ended.err
         found = json.loads((here / "t.json").read_text())
-        assert [system["name"] for system in found["systems"]] == [*METHODS, "lead-1", "prior/mbr"]
+        assert [system["name"] for system in found["systems"]] == [*METHODS, "lead-1", "prior/mbr", "sft/policy"]
         assert all(system["seeds"] == 2 for system in found["systems"])
         assert all(system["seconds"] > 0 for system in found["systems"] if system["name"] != "lead-1")
         assert found["metrics"][:2] == ["chrf", "repetition"]
@@ -54,7 +56,7 @@ class TestTable:
         assert by_name["policy"]["chrf"]["difference"] is not None
         assert by_name["best-of-n"]["distinct-2"]["value"] is None  # one completion a prompt has no diversity
         texts = {name: json.loads((here / "run" / "task" / f"{name}-0.json").read_text())["texts"] for name in FILES}
-        assert texts["lead-1"] == [["film:"], ["film:"]]
+        assert texts["lead-1"] == [["the"], ["a"]]  # of the source, without what the template wrote before it
         assert all(len(some) == 1 for some in texts["prior-then-greedy"])
         assert (
             texts["prior-then-greedy"] == json.loads((here / "run/task/prior-then-greedy-1.json").read_text())["texts"]
@@ -63,6 +65,20 @@ class TestTable:
             assert chosen[0] in among
         assert (here / "run" / "task.html").stat().st_size > 1000
         assert (here / "run" / "seed-1" / "policy").is_dir()
+        warm = json.loads((here / "run" / "seed-1" / "after-sft" / "recipe.json").read_text())
+        assert warm["start"].endswith("run/seed-1/after-sft/sft")
+        assert by_name["sft/policy"]["KL to prior"]["value"] > 0
+
+    def test_an_interval_without_an_upper_end_comes_back_from_its_file(self, cli, here, own):
+        flags = ["task", own, "--methods", "prior", "--draws", 4]
+        first = cli(*flags, "--exact-budget", 0)
+        assert first.code == 0, first.err
+        kept = json.loads((here / "run" / "task" / "prior-0.json").read_text())
+        assert kept["kl_posterior"][2] is None
+        again = cli(*flags, "--exact-budget", 0)
+        assert again.code == 0, again.err
+        assert "∞]" in first.out
+        assert "∞]" in again.out
 
     def test_what_is_done_is_not_done_again(self, cli, here, own):
         flags = ["task", own, "--methods", "prior,policy", "--draws", 4]
@@ -160,8 +176,11 @@ class TestPackaged:
 class TestTemplates:
     def test_columns_make_the_prompt(self):
         rows = templated([{"prompt": "2 + 2", "hint": "four"}], "Q: {{ prompt }} ({{ hint }})\nA:", "prompt")
-        assert rows == [{"prompt": "Q: 2 + 2 (four)\nA:", "hint": "four"}]
-        assert templated(["x"], "Q: {{ prompt }}", "prompt") == [{"prompt": "Q: x"}]
+        assert rows == [{"source": "2 + 2", "prompt": "Q: 2 + 2 (four)\nA:", "hint": "four"}]
+        assert templated(["x"], "Q: {{ prompt }}", "prompt") == [{"source": "x", "prompt": "Q: x"}]
+        assert templated([{"q": "x"}], "Q: {{ q }}", "prompt") == [{"q": "x", "prompt": "Q: x"}]
+        own = {"prompt": "x", "source": "a book"}
+        assert templated([own], "Q: {{ prompt }}", "prompt") == [{"source": "a book", "prompt": "Q: x"}]
         assert templated(["x"], None, "prompt") == ["x"]
 
     @pytest.mark.parametrize(

@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from tiltlm.errors import InputError
 from tiltlm.lm.scratch.architecture import Size
-from tiltlm.rewards.overlap import BLEU, CHRF, RougeL
+from tiltlm.rewards.overlap import BLEU, CHRF
 from tiltlm.start.training import Schedule
 
 Metrics = Callable[[Sequence[str], Sequence[str], Sequence[str]], Mapping[str, float]]
 """(texts, references, sources) -> figures by name."""
-LEAD = 8
-"""Words of the source that the usual baseline takes for a summary."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +55,6 @@ def _translation(texts: Sequence[str], references: Sequence[str], sources: Seque
     return {**found, **{f"{name} of the source itself": value for name, value in copied.items()}}
 
 
-def _summary(texts: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[str, float]:
-    leads = [" ".join(source.split()[:LEAD]) for source in sources]
-    return {"rouge-l": _rouge(texts, references), f"rouge-l of lead-{LEAD}": _rouge(leads, references)}
-
-
-def _rouge(texts: Sequence[str], references: Sequence[str]) -> float:
-    scores = RougeL(column="reference").score(texts, reference=references)
-    return sum(scores) / len(scores)
-
-
 def _captions(texts: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[str, float]:
     same = [" ".join(text.split()) == " ".join(truth.split()) for text, truth in zip(texts, references, strict=True)]
     return {
@@ -87,16 +75,6 @@ TRANSLATION = Start(
     longest_target=160,
     metrics=_translation,
 )
-SUMMARY = replace(
-    TRANSLATION,
-    name="summary",
-    what="an encoder–decoder (Marian) from a long description to a short one",
-    data="packages-summary",
-    schedule=replace(TRANSLATION.schedule, seconds=480.0, copying=0.3),
-    longest_source=256,
-    longest_target=64,
-    metrics=_summary,
-)
 CAPTIONS = Start(
     name="captions",
     what="a frozen EfficientNet-Lite0 and a decoder (GPT-2) that attends to its patches",
@@ -109,7 +87,7 @@ CAPTIONS = Start(
     longest_target=40,
     metrics=_captions,
 )
-STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, SUMMARY, CAPTIONS)}
+STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, CAPTIONS)}
 
 
 def find_start(name: str) -> Start:

@@ -89,7 +89,7 @@ def train_start(
     A training that was interrupted goes on from its last validation; the folder appears when all of it is written.
 
     Args:
-        name: "translation", "summary" or "captions".
+        name: "translation" or "captions".
         train, validation: rows with `prompt` (the source) or `image` (a picture's bytes or path), and `reference` (the target).
         quick: half a minute, to see that everything runs.
         out: also put the model into this folder, which must not hold anything yet.
@@ -165,11 +165,9 @@ def _make(start: Start, data: Any, folder: Path, key: str, progress: NewBar) -> 
         sums = [token_loss(model, bench.judge, rows) for rows in batches]
         return sum(float(loss) for loss, _ in sums) / sum(tokens for _, tokens in sums)
 
-    beginnings = bench.learn.copying() if schedule.copying else bench.learn
-
-    def loss(rows: Sequence[int], copying: bool) -> tuple[Tensor, int]:
+    def loss(rows: Sequence[int]) -> tuple[Tensor, int]:
         with mixed_precision(model.device) if schedule.bfloat16 else nullcontext():
-            return token_loss(model, beginnings if copying else bench.learn, rows, schedule.smoothing)
+            return token_loss(model, bench.learn, rows, schedule.smoothing)
 
     state = training.train(
         model,

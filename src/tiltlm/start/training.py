@@ -17,8 +17,8 @@ from tiltlm.inference import checkpoint
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.seeds import generator
 
-Loss = Callable[[Sequence[int], bool], tuple[Tensor, int]]
-"""(rows, whether they are to be copied) -> the rows' loss summed over their tokens, and the number of tokens."""
+Loss = Callable[[Sequence[int]], tuple[Tensor, int]]
+"""Rows -> their loss summed over their tokens, and the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,6 @@ class Schedule:
             time, whichever is nearer its end; where the time ends first, the result depends on the machine's speed.
         lr: AdamW's learning rate after a linear warm-up of `warmup` steps; then it falls as a cosine.
         smoothing: of the labels.
-        copying: in this first share of the training ever fewer batches, all to begin with, have as their target the source's own
-            beginning, as long as the target. Attention learns to copy from that in minutes, from summaries it does not (LAB.md).
         bfloat16: matrix products in it where the hardware has them. On two cores a third faster with large matrices, slower with small
             ones: for a captioner, not for the translators.
         batch_tokens: most tokens of source and target in a step, padding included.
@@ -48,7 +46,6 @@ class Schedule:
     warmup: int = 100
     weight_decay: float = 0.01
     smoothing: float = 0.1
-    copying: float = 0.0
     bfloat16: bool = False
     batch_tokens: int = 2048
     validate_every: int = 100
@@ -66,8 +63,6 @@ class Schedule:
             raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-3")
         if not 0 <= self.smoothing < 1:
             raise InputError(f"smoothing is {self.smoothing}; it must be at least 0 and below 1, for example 0.1")
-        if not 0 <= self.copying < 1:
-            raise InputError(f"copying is {self.copying}; it is a share of the training, at least 0 and below 1")
 
 
 @dataclass
@@ -153,19 +148,12 @@ def _step(
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(generator(schedule.seed, "dropout", step).initial_seed())
-        total, tokens = loss(rows, _copies(schedule, step, share))
+        total, tokens = loss(rows)
     (total / tokens).backward()
     optimiser.gather()
     warm = min(1.0, (step + 1) / (schedule.warmup + 1))
     factor = warm * learning_rate(share * schedule.steps, schedule.steps, 0, "cosine")
     optimiser.step(schedule.clip, factor)
-
-
-def _copies(schedule: Schedule, step: int, share: float) -> bool:
-    """Whether this step's batch is to be copied; a function of seed, step and share."""
-    if share >= schedule.copying:
-        return False
-    return float(torch.rand((), generator=generator(schedule.seed, "copying", step))) >= share / schedule.copying
 
 
 def _judge(

@@ -28,7 +28,7 @@ from tiltlm.weights import group_sum, normalise
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.recipe import for_method
 from tiltlm.workflow.run import lora_of, training_of
-from tiltlm.workflow.templates import templated
+from tiltlm.workflow.templates import SOURCE, templated
 
 if TYPE_CHECKING:
     from tiltlm.workflow.run import Run
@@ -139,9 +139,9 @@ class Bench:
 
     @property
     def sources(self) -> list[str]:
-        """The test prompts' texts."""
+        """The test prompts' texts, without what a template wrote around them."""
         column = self.of.recipe.column
-        return [str(row[column]) for row in self.task.test_rows]
+        return [str(row.get(SOURCE, row[column])) for row in self.task.test_rows]
 
     def decoded(self, engine: str, proposal: Sampler | None = None, seconds: float = 0.0, count: int = 0) -> Outcome:
         """What a decoding engine returns: `count` completions resampled from its weights, by default as many as are judged."""
@@ -174,6 +174,27 @@ class Bench:
         """The references of the training prompts."""
         rows = templated(self.of.rows, self.of.recipe.completion, "completion", "completion")
         return Given(demonstrations(self.of.prior, rows))
+
+    def after_sft(self) -> tuple[Any, float]:
+        """The policy of the recipe's own engine, started from the adapter that SFT leaves; the prior remains the reference.
+
+        Raises:
+            InputError: where all weights are trained, so that there is no adapter.
+        """
+        if lora_of(self.of.recipe) is None:
+            raise InputError(
+                f"method {self.method!r} starts from an adapter, but lora_r is 0; leave it out, or set lora_r"
+            )
+        folder = self.of.recipe.folder / "after-sft"
+        facts = folder / "sft.json"
+        if not facts.is_file():
+            adapter, seconds = self.trained("sft", self.demonstrations())
+            adapter.save(folder / "sft")
+            adapter.discard()
+            write_json(facts, {"training": seconds})  # after the adapter: with it, the adapter is whole
+        warm = self.task.another(self.seed, start=str(folder / "sft"), out=str(folder))
+        policy, seconds = replace(self, of=warm).policy()
+        return policy, seconds + float(json.loads(facts.read_text())["training"])
 
     def policy(self) -> tuple[Any, float]:
         """The policy of the recipe's own engine, trained unless its folder has it."""
@@ -267,10 +288,12 @@ recipe's engine at the planned beta, and its most probable completion; DPO on pa
 by SMC."""
 
 BASELINES: Mapping[str, Callable[[Bench], Outcome]] = {
+    "sft/policy": lambda bench: bench.judged(*bench.after_sft()),
     "prior/mbr": Bench.agreed,
     "copy": lambda bench: bench.baseline(copied(bench.sources)),
 }
-"""What a recipe may ask for besides, with `baselines`; lead-N, the source's first N words, is another."""
+"""What a recipe may ask for besides, with `baselines`: its engine after SFT, and what needs no training; lead-N, the source's first
+N words, is another."""
 LEAD = re.compile(r"lead-([1-9]\d*)")
 
 

@@ -45,7 +45,7 @@ class TaskRun:
     draws: int = 8
     progress: Progress | None = None
     console: Any = None
-    _runs: dict[int, Run] = field(default_factory=dict, repr=False)
+    _runs: dict[str, Run] = field(default_factory=dict, repr=False)
 
     @cached_property
     def beta(self) -> float:
@@ -99,11 +99,14 @@ class TaskRun:
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
-        if seed not in self._runs:
-            changes = {"seed": seed, "beta": self.beta, "kl_budget": None, "reward_goal": None}
-            recipe = self.recipe.model_copy(update={**changes, "out": str(self.folder / f"seed-{seed}")})
-            self._runs[seed] = Run(recipe, self.progress)
-        return self._runs[seed]
+        return self.another(seed, out=str(self.folder / f"seed-{seed}"))
+
+    def another(self, seed: int, *, out: str, **changes: Any) -> Run:
+        """The same with other changes to the recipe; a folder has one run."""
+        if out not in self._runs:
+            own = {"seed": seed, "beta": self.beta, "kl_budget": None, "reward_goal": None, "out": out, **changes}
+            self._runs[out] = Run(self.recipe.model_copy(update=own), self.progress)
+        return self._runs[out]
 
     @property
     def folder(self) -> Path:
@@ -159,8 +162,13 @@ def _kept(file: Path, key: str) -> Outcome | None:
         **values,
         texts=texts,
         log_ratios=None if ratios is None else tuple(map(tuple, ratios)),
-        kl_posterior=None if bound is None else tuple(bound),
+        kl_posterior=None if bound is None else (bound[0], bound[1], _or_infinity(bound[2])),
     )
+
+
+def _or_infinity(end: float | None) -> float:
+    """JSON has no infinity: the files have null."""
+    return math.inf if end is None else end
 
 
 def task_table(

@@ -10,6 +10,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from tiltlm.errors import InputError
 
+SOURCE = "source"
+"""The column of what a template's text took the place of."""
+
 
 def templated(rows: Sequence[Any], template: str | None, column: str, key: str = "template") -> Sequence[Any]:
     """Rows whose `column` is what a Jinja2 template makes of their columns; plain strings are the template's `column`.
@@ -17,6 +20,9 @@ def templated(rows: Sequence[Any], template: str | None, column: str, key: str =
     Args:
         template: None leaves the rows as they are.
         key: the recipe's, for messages.
+
+    Returns:
+        The rows; what a template's text takes the place of stays in a column `source`, unless that is one of the row's own.
 
     Raises:
         InputError: for a template that is none, or one that names a column that is not there.
@@ -40,7 +46,8 @@ def templated(rows: Sequence[Any], template: str | None, column: str, key: str =
         if missing is not None:
             raise InputError(f"{key} names the column {missing!r}, but row {number} has {', '.join(values)}; mend it")
         try:
-            written.append({**values, column: compiled.render(values)})
+            kept = {SOURCE: values[column]} if column in values else {}
+            written.append({**kept, **values, column: compiled.render(values)})
         except TemplateError as error:
             raise InputError(f"{key} does not fit row {number} ({error}); mend it") from error
     return written

@@ -43,19 +43,6 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def copying(self) -> Pairs:
-        """The same sources, each with its own beginning as its target, as long as the target was.
-
-        Raises:
-            InputError: where the sources are pictures, which cannot be copied into a text.
-        """
-        if isinstance(self.sources, Tensor):
-            raise InputError("copying is of texts, and these sources are pictures; leave it out")
-        beginnings = [
-            [*source[: len(target) - 1], target[-1]] for source, target in zip(self.sources, self.targets, strict=True)
-        ]
-        return Pairs(self.sources, beginnings, self.pad)
-
     def inputs(self, rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         """What the model conditions on, by the names of its `forward` and `generate`."""
         if isinstance(self.sources, Tensor):
