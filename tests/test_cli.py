@@ -304,6 +304,7 @@ class TestReward:
             ),
             ("syntax.py:good", "reward file 'syntax.py' raised SyntaxError on import"),
             ("needs.py:good", "reward file 'needs.py' raised ModuleNotFoundError on import .*no_such_package"),
+            ("leaves.py:good", r"reward file 'leaves.py' raised SystemExit on import \(3\); mend it"),
             ("no_such_package.mod:good", "'no_such_package.mod' raised ModuleNotFoundError .*install the package"),
             (":good", "reward ':good'"),
             ("rewards.py:answered", "reward 'answered' asks for 'answer', which is not among its arguments .*none"),
@@ -313,6 +314,7 @@ class TestReward:
         (here / "broken.py").write_text("1 / 0\n")
         (here / "syntax.py").write_text("def good(:\n")
         (here / "needs.py").write_text("import no_such_package\n")
+        (here / "leaves.py").write_text("import sys\nsys.exit(3)\n")
         assert re.search(message, refused("plan", "recipe.yaml", "--reward", reward))
         assert not (here / "run" / "plan.json").exists()
 

@@ -352,6 +352,45 @@ class TestSession:
         with pytest.raises(InputError, match="which cannot be; take it out"):
             Session.open(tmp_path / "s")
 
+    @pytest.mark.parametrize(
+        "event",
+        [
+            {"event": "asked", "by": "random", "questions": [{"pair": 99, "swapped": False, "score": None}]},
+            {"event": "asked", "by": "random", "questions": [{"pair": 0.5, "swapped": False, "score": None}]},
+            {"event": "asked", "by": "random", "questions": [{}]},
+            {"event": "asked", "by": "random", "questions": "two"},
+            {"event": "asked", "questions": []},
+            {"event": "undone", "question": 7},
+            {"event": "forgotten"},
+            {},
+        ],
+    )
+    def test_an_event_that_cannot_be_is_refused(self, tmp_path, event):
+        Session.create(tmp_path / "s", world())
+        (tmp_path / "s" / "log.jsonl").write_text(json.dumps(event) + "\n")
+        with pytest.raises(InputError, match="which cannot be; take it out"):
+            Session.open(tmp_path / "s")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"pairs": [[0, 99]]}, "pairs goes from 0 to 99, and there are"),
+            ({"pairs": [[-1, 1]]}, "pairs goes from -1 to 1"),
+            ({"prompt_index": [99]}, "prompt_index goes from 99 to 99"),
+            ({"prompt_index": [0]}, "prompt_index has 1 values for"),
+            ({"completions": ["a"]}, "and there are 1 completions"),
+            ({"prompts": None}, "not iterable"),
+        ],
+    )
+    def test_candidates_that_cannot_be_are_refused(self, tmp_path, changes, message):
+        Session.create(tmp_path / "s", world())
+        file = tmp_path / "s" / "session.json"
+        values = json.loads(file.read_text())
+        values["candidates"] |= changes
+        file.write_text(json.dumps(values))
+        with pytest.raises(InputError, match=f"session.json is no session's .*{message}"):
+            Session.open(tmp_path / "s")
+
     def test_two_processes_do_not_overwrite_each_other(self, tmp_path):
         session = Session.create(tmp_path / "s", world())
         session.ask(2, RandomPairs())
@@ -607,6 +646,10 @@ def raises(completions):
     raise RuntimeError("no weights")
 
 
+def leaves(completions):
+    raise SystemExit(4)
+
+
 def sleeps(completions):
     __import__("time").sleep(60)
 """
@@ -693,6 +736,11 @@ class TestCommands:
                 "asks for 'weather'; it may ask for prompts, completions, answers",
             ),
             (["--by", "bald", "--members", "m.py:raises"], "raised RuntimeError (no weights)"),
+            (["--by", "bald", "--members", "m.py:leaves"], "m.py:leaves' raised SystemExit (4); mend it"),
+            (
+                ["--by", "bald", "--members", "m.py:few", "--timeout", "20"],
+                "m.py:few' returned 1 values for",
+            ),
             (
                 ["--by", "bald", "--members", "m.py:sleeps", "--timeout", "1"],
                 "m.py:sleeps' took more than 1 s; mend it",

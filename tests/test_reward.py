@@ -1,6 +1,7 @@
 """The reward contract: TRL's signature, what goes in, what may come out, and the algebra of evidence."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +180,30 @@ class TestReturned:
         found = log(tl.Reward(reward, on_error="drop"))
         assert found.kept.tolist() == [True, True, False, True]
         assert found.log[found.kept].tolist() == [1 / 4, 1 / 3, 1 / 4]
+
+    def test_leaving_the_program_is_raising(self):
+        """`sys.exit` in a reward must not end the run with the reward's exit code and no word."""
+
+        def reward(completions):
+            if "bad" in completions:
+                sys.exit("goodbye")
+            return [1.0] * len(completions)
+
+        with pytest.raises(tl.InputError, match=r"raised SystemExit \(goodbye\) for completion 'bad'; mend"):
+            log(tl.Reward(reward))
+        assert log(tl.Reward(reward, on_error="drop")).kept.tolist() == [True, False, True, True]
+
+    def test_values_that_raise_whatever_is_asked_of_them(self):
+        class Awkward:
+            def _refuse(self, *other):
+                raise RuntimeError("no")
+
+            __float__ = __eq__ = __repr__ = _refuse
+
+        with pytest.raises(tl.InputError, match="is a Awkward, which is not a number, for completion 'good'"):
+            log(tl.Reward(lambda completions: [Awkward()] * 4))
+        with pytest.raises(tl.InputError, match="is a Awkward, which is neither true nor false, for completion 'good'"):
+            log(tl.Constraint(lambda completions: [Awkward()] * 4))
 
     def test_raising_for_a_batch_only_says_so(self):
         def reward(completions):

@@ -169,6 +169,7 @@ class TestTexts:
             (rewards.TopicSimilarity, "give one of them"),
             (lambda: rewards.Judge("m", scale=(3, 1)), "scale is"),
             (lambda: rewards.Judge("m", template="{{ x "), "no Jinja2 template"),
+            (lambda: rewards.Judge("m", url="localhost:8000"), "url is 'localhost:8000'; give the endpoint's address"),
             (lambda: rewards.RunsCode(timeout=0), "must be positive"),
             (lambda: rewards.RunsCode()(["x = 1"], tests=[""]), "give code that tests"),
         ],
@@ -374,6 +375,7 @@ class Answers(BaseHTTPRequestHandler):
 
     asked: list
     failures = 1
+    reply: bytes = b""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -390,7 +392,7 @@ class Answers(BaseHTTPRequestHandler):
         said = "I cannot say." if not answer else f"Score: {len(answer.split())}/10, I think"
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [message]}
-        data = json.dumps(reply).encode()
+        data = self.reply or json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -439,8 +441,19 @@ class TestJudge:
 
     def test_a_server_that_is_not_there_is_an_error_that_names_the_judge(self):
         judge = rewards.Judge("m", "http://127.0.0.1:9/v1", retries=0)
-        with pytest.raises(tl.InputError, match=r"reward 'judge' raised APIConnectionError .* for completion 'good'"):
+        says = r"reward 'judge' raised ConnectionError \(http://127.0.0.1:9/v1 did not answer: .*url.*\) for completion 'good'"
+        with pytest.raises(tl.InputError, match=says):
             tl.Reward(judge).log_likelihood(draws())
+        judge._client.close()
+
+    @pytest.mark.parametrize("reply", [b"null", b'{"id": "1"}', b'{"choices": []}', b'{"choices": [{"message": 3}]}'])
+    def test_an_answer_that_is_no_chat_completion_is_said_to_be_none(self, server, reply):
+        url, handler = server
+        handler.failures, handler.reply = 0, reply
+        judge = rewards.Judge("m", url, "<<{{ completion }}>>", retries=0)
+        with pytest.raises(tl.InputError, match=rf"ValueError \({url} answered, but with no chat completion"):
+            tl.Reward(judge).log_likelihood(draws())
+        assert not tl.Reward(judge, on_error="drop").log_likelihood(draws()).kept.any()
         judge._client.close()
 
     def test_a_template_is_sandboxed(self, server):
@@ -488,14 +501,16 @@ class TestRunsCode:
         assert time.monotonic() - begun < 30
 
     def test_what_it_started_is_gone(self):
-        """Grandchildren in the group, one that left it, and a bomb that is stopped early."""
+        """Grandchildren in the group, one that left it, one that is an orphan besides, and a bomb that is stopped early."""
         mark = f"tiltlm_stray_{os.getpid()}"
         sleeper = f"[sys.executable, '-c', 'import time; time.sleep(600) # {mark}']"
         stays = f"import subprocess, sys, time\nsubprocess.Popen({sleeper})\n"
         leaves = f"import subprocess, sys, time\nsubprocess.Popen({sleeper}, start_new_session=True)\ntime.sleep(1)\n"
+        orphan = f"import subprocess, sys\nsubprocess.Popen({sleeper}, start_new_session=True)"
+        flees = f"import subprocess, sys\nsubprocess.run([sys.executable, '-S', '-c', {orphan!r}], check=True)\n"
         bomb = f"import subprocess, sys, time\nfor _ in range(40): subprocess.Popen({sleeper}); time.sleep(0.02)\n"
         part = rewards.RunsCode(timeout=20, processes=4)
-        assert part([stays, leaves, bomb], tests=["x = 1"] * 3) == [1, 1, 0]
+        assert part([stays, leaves, flees, bomb], tests=["x = 1"] * 4) == [1, 1, 1, 0]
         found = [
             p.info["cmdline"]
             for p in psutil.process_iter(["cmdline"])

@@ -145,14 +145,14 @@ def table(path: Path, what: str = "prompts") -> Dataset:
     if path.suffix not in LOADERS:
         raise InputError(f"{what} {str(path)!r} is a {path.suffix or 'nameless'} file; use {KINDS}")
     if not path.stat().st_size:
-        raise InputError(f"{what} {str(path)!r} is empty; give at least one prompt")
+        raise InputError(f"{what} {str(path)!r} is empty; give at least one row")
     _quieten()
     try:
         return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets wraps parser errors in many types
         reason = " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason:
-            raise InputError(f"{what} {str(path)!r} has no rows; give at least one prompt") from error
+            raise InputError(f"{what} {str(path)!r} has no rows; give at least one") from error
         raise InputError(
             f"{what} {str(path)!r} cannot be read as {path.suffix[1:]} ({reason[:200]}); mend it"
         ) from error

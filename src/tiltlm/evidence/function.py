@@ -65,8 +65,8 @@ def number_fault(bounds: tuple[float, float] | None) -> Fault:
             return "is None"
         try:
             number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return f"is {value!r:.60}, which is not a number,"
+        except Exception:  # a user's class may raise anything here
+            return f"is {_written(value)}, which is not a number,"
         if not math.isfinite(number):
             return f"is {number}"
         if bounds is not None and not bounds[0] - 1e-9 <= number <= bounds[1] + 1e-9:
@@ -79,9 +79,17 @@ def number_fault(bounds: tuple[float, float] | None) -> Fault:
 def truth_fault(value: Any) -> str | None:
     """A value must be true or false; 1 and 0 will do."""
     try:
-        return None if value in (0, 1) else f"is {value!r:.60}, which is neither true nor false,"
-    except (TypeError, ValueError, RuntimeError):  # arrays have no single truth value
-        return f"is {value!r:.60}, which is neither true nor false,"
+        known = value in (0, 1)
+    except Exception:  # arrays have no single truth value, and a user's class may raise anything here
+        known = False
+    return None if known else f"is {_written(value)}, which is neither true nor false,"
+
+
+def _written(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def _returned(fn: TextFunction, draws: Draws, who: str, label: str, on_error: OnError) -> Sequence[Any]:

@@ -36,12 +36,26 @@ class Candidates:
     def __post_init__(self) -> None:
         if not len(self.pairs):
             raise InputError("there are no pairs to ask about; give at least one prompt two different completions")
+        self._require_in_range()
         owners = self.prompt_index[self.pairs]
         wrong = (owners[:, 0] != owners[:, 1]).nonzero().flatten().tolist()
         if wrong:
             raise InputError(
                 f"pair {wrong[0]} compares completions of the prompts {owners[wrong[0]].tolist()}; rewards of different "
                 f"prompts cannot be compared, pair completions of one prompt"
+            )
+
+    def _require_in_range(self) -> None:
+        known = {"prompt_index": (self.prompt_index, len(self.prompts)), "pairs": (self.pairs, len(self.completions))}
+        for name, (places, count) in known.items():
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < count:
+                what = "prompts" if name == "prompt_index" else "completions"
+                raise InputError(
+                    f"{name} goes from {int(places.min())} to {int(places.max())}, and there are {count} {what}; count them from 0"
+                )
+        if len(self.prompt_index) != len(self.completions):
+            raise InputError(
+                f"prompt_index has {len(self.prompt_index)} values for {len(self.completions)} completions; give one a completion"
             )
 
     def __len__(self) -> int:

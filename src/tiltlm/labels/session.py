@@ -72,6 +72,7 @@ class Session:
         self._journal = Journal(folder / "log.jsonl")
         self._asked: list[dict[str, Any]] = []
         self._answers: dict[int, Answer] = {}
+        self._rules: Counter[str] = Counter()
         for event in self._journal.events:
             self._take(event)
 
@@ -276,20 +277,22 @@ class Session:
     def status(self) -> dict[str, Any]:
         """How far the session is: pairs, questions by rule, answers by kind, and how often the text shown first won."""
         said = Counter(self._answers.values())
-        rules: Counter[str] = Counter()
-        for event in self._journal.events:
-            if event["event"] == "asked":
-                rules[event["by"]] += len(event["questions"])
         decided = said["first"] + said["second"]
         return {
             "pairs": len(self.candidates),
-            "asked": dict(rules),
+            "asked": dict(self._rules),
             "open": len(self._asked) - len(self._answers),
             **{kind: said[kind] for kind in get_args(Answer)},
             "first_won": said["first"] / decided if decided else None,
         }
 
     # --- the log ---
+
+    def _whole(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """A question as the log keeps it, about a pair that there is."""
+        if not isinstance(asked["pair"], int) or not 0 <= asked["pair"] < len(self.candidates):
+            raise KeyError(asked["pair"])
+        return {"pair": asked["pair"], "swapped": bool(asked["swapped"]), "score": asked["score"]}
 
     def _add(self, event: Mapping[str, Any]) -> None:
         self._journal.append(event)
@@ -300,11 +303,14 @@ class Session:
         try:
             match event["event"]:
                 case "asked":
-                    self._asked += event["questions"]
+                    self._asked += [self._whole(asked) for asked in event["questions"]]
+                    self._rules[event["by"]] += len(event["questions"])
                 case "answered":
                     self._answers[event["question"]] = self.checked(event["question"], event["answer"])
                 case "undone":
                     del self._answers[event["question"]]
+                case kind:
+                    raise KeyError(kind)
         except (KeyError, TypeError, InputError) as error:
             raise InputError(
                 f"{self.folder / 'log.jsonl'} has the event {event!r:.120}, which cannot be; take it out"

@@ -67,6 +67,8 @@ class Judge(Part):
             raise InputError(f"scale is {self.scale}; give the smallest number first, then the largest")
         if min(self.concurrency, self.max_tokens) < 1 or self.timeout <= 0 or self.retries < 0:
             raise InputError("concurrency and max_tokens must be at least 1, timeout positive and retries not negative")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise InputError(f"url is {self.url!r}; give the endpoint's address, such as http://localhost:8000/v1")
         try:
             _ = self._template, re.compile(self.pattern)
         except TemplateError as error:
@@ -113,13 +115,24 @@ class Judge(Part):
         return str(self._template.render(**further, prompt=prompt, completion=text, low=low, high=high))
 
     def _asked(self, question: str) -> float:
-        reply = self._client.chat.completions.create(
-            model=self.model,
-            messages=[{"role": "user", "content": question}],
-            temperature=0.0,
-            max_tokens=self.max_tokens,
-        )
-        return self.number(reply.choices[0].message.content or "")  # pyright: ignore[reportReturnType]
+        openai = require("openai", "openai", self.label)
+        where = self.url or "the openai library's default endpoint"
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": question}],
+                temperature=0.0,
+                max_tokens=self.max_tokens,
+            )
+        except openai.APIConnectionError as error:  # timeouts too
+            raise ConnectionError(
+                f"{where} did not answer: {error} Start the server, or mend the judge's url or timeout"
+            ) from error
+        try:
+            answer = reply.choices[0].message.content
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"{where} answered, but with no chat completion; it must be OpenAI-compatible") from error
+        return self.number(answer or "")  # pyright: ignore[reportReturnType]
 
     def number(self, answer: str) -> float | None:
         """The number in a judge's answer; None if there is none on the scale."""

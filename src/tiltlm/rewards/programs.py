@@ -7,11 +7,11 @@ import math
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +24,8 @@ import psutil
 from tiltlm.errors import InputError
 from tiltlm.evidence.composition import Bounds
 from tiltlm.evidence.parts import Part
+from tiltlm.evidence.running.processes import end
+from tiltlm.evidence.running.worker import MARK
 
 RUNNER = Path(__file__).with_name("program_runner.py")
 POLL = 0.01
@@ -37,7 +39,8 @@ class RunsCode(Part):
     The code is the first block fenced by three backticks, or the whole completion. It runs in a fresh interpreter (isolated
     mode, empty environment, a temporary folder, no input, no output), followed by the tests; a program counts as passing
     only if it got to the end of the tests, so that leaving early with exit code 0 is a failure. Time, memory, size of
-    files and number of processes are limited, and its process group is killed at the end, whatever it started.
+    files and number of processes are limited, and what it started is killed at the end: its process group, its descendants, and
+    whoever carries its mark in the environment.
 
     That stops accidents and no attacker: network and files are those of your user. Run models that you do not trust in a container.
 
@@ -90,12 +93,12 @@ class RunsCode(Part):
         return passed / len(tests) if self.partial else float(passed == len(tests))
 
     def _run(self, folder: str, job: str) -> str:
-        read, write = os.pipe()
+        (read, write), mark = os.pipe(), uuid.uuid4().hex
         limits = [str(number) for number in (write, self.memory << 20, math.ceil(self.timeout))]
         process = subprocess.Popen(
             [sys.executable, "-I", str(RUNNER), *limits],
             cwd=folder,
-            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
+            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1", MARK: mark},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -109,7 +112,7 @@ class RunsCode(Part):
                 pipe.write(job.encode())
             in_time = self._watched(process)
         finally:
-            _kill(process)
+            end(process, mark)
             # everything that held the other end is gone, or has left the group and must not be waited for
             os.set_blocking(read, False)
             with os.fdopen(read, "rb") as answer:
@@ -142,9 +145,3 @@ def code_of(text: str) -> str:
     """The first fenced block of a text, or all of it."""
     fenced = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return fenced[1] if fenced else text
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

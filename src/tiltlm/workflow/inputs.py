@@ -26,11 +26,14 @@ Load = Callable[[str, str], tuple[TextFunction, str]]
 """(source, recipe's key) -> the function, and a hash of its code."""
 
 
-def read_prompts(source: str, column: str, columns: Mapping[str, str] | None = None) -> Sequence[Any]:
+def read_prompts(
+    source: str, column: str, columns: Mapping[str, str] | None = None, what: str = "prompts"
+) -> Sequence[Any]:
     """Prompts by their source: the lines of a .txt, or the rows of a table with `column`; see `tiltlm.data.reading`.
 
     Args:
         columns: our name of a column → the source's.
+        what: the setting that names the source, for messages.
 
     Raises:
         InputError: if the source is missing, empty, of an unknown kind, or has no such column.
@@ -39,9 +42,9 @@ def read_prompts(source: str, column: str, columns: Mapping[str, str] | None = N
     if at.kind == "file" and at.place.endswith(".txt") and not columns:
         lines = read_lines(Path(at.place))[at.rows]
         if not lines:
-            raise InputError(f"prompts {source!r} has no rows; give at least one prompt")
+            raise InputError(f"{what} {source!r} has no rows; give at least one")
         return lines
-    rows = read(source, columns, need=(), what="prompts")
+    rows = read(source, columns, need=(), what=what)
     if column not in rows.column_names and IMAGE not in rows.column_names:
         raise InputError(
             f"column is {column!r}, but {source} has the columns {', '.join(rows.column_names)}; name the one with the prompts"
@@ -74,7 +77,7 @@ def read_rows(source: str) -> Sequence[Any]:
     path = Path(source)
     if not path.is_file() or path.suffix not in LOADERS:
         raise InputError(f"data {source!r}: there is no such table; give a {', '.join(LOADERS)} file")
-    return list(table(path))
+    return list(table(path, "data"))
 
 
 def reward_of(
@@ -187,7 +190,7 @@ def load_function(source: str, what: str) -> tuple[TextFunction, str]:
     else:
         try:
             module = importlib.import_module(place)
-        except Exception as error:  # whatever the module does
+        except (Exception, SystemExit) as error:  # whatever the module does
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{what} {source!r}: {place!r} raised {type(error).__name__} on import ({reason}); give file.py:function, "
@@ -222,7 +225,7 @@ def _from_file(path: Path, what: str) -> tuple[Any, bytes]:
     sys.modules[spec.name] = module  # so that dataclasses and pickling inside the file work
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{what} file {str(path)!r} raised {type(error).__name__} on import ({reason}); mend it"

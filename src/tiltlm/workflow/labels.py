@@ -114,7 +114,7 @@ def _call(fn: Any, source: str, known: Mapping[str, Any], ask: Callable[..., Any
     names = known if takes_all else [p.name for p in named if p.name in known]
     try:
         return ask(**{name: known[name] for name in names})
-    except Exception as error:  # whatever the user's code does
+    except (Exception, SystemExit) as error:  # whatever the user's code does
         raise InputError(f"members {source!r} {told(error)}; mend it") from error
 
 
@@ -158,4 +158,4 @@ def write_preferences(session: Session) -> Path:
 def _given(file: Path) -> Candidates:
     if file.suffix not in LOADERS:
         raise InputError(f"candidates {str(file)!r} is no table; use {', '.join(LOADERS)}, with prompt and completions")
-    return Candidates.of_rows(read_prompts(str(file), "prompt"))
+    return Candidates.of_rows(read_prompts(str(file), "prompt", what="candidates"))

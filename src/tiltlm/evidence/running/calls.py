@@ -145,6 +145,8 @@ def attempt(fn: TextFunction, request: Request) -> list[Any]:
             answers += listed(finished(fn(**part.fresh())), part.count)
         except (InputError, Unusable):
             raise
+        except SystemExit as error:  # no exception of the function's may end the run without a word
+            answers += [_left(error)] * part.count
         except Exception as error:
             answers += [error] * part.count
     return answers
@@ -201,9 +203,16 @@ def _none_alone(fn: TextFunction, error: Exception, size: int) -> None:
 def told(error: Exception) -> str:
     """An exception as the end of a sentence about the function."""
     message = " ".join(str(error).split())
-    if isinstance(error, Failure):
+    if isinstance(error, Failure | Unusable):
         return message
     return f"raised {type(error).__name__} ({message})" if message else f"raised {type(error).__name__}"
+
+
+def _left(error: SystemExit) -> Failure:
+    """`sys.exit` in a function that runs here, as a worker process tells of it."""
+    failure = Failure(f"raised SystemExit ({error})")
+    failure.names = ("SystemExit",)
+    return failure
 
 
 def _copied(value: Any) -> Any:

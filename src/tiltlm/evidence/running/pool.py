@@ -248,7 +248,8 @@ class Pool:
     def _refuse(self, why: str) -> None:
         kind, *where = self.function
         name = "the function" if kind == "pickle" else repr(":".join(where))
-        raise InputError(f"reward {name} in a worker process: {why}; mend it, or give it as file.py:function")
+        remedy = "mend it, or give it as file.py:function" if kind == "pickle" else "mend it"
+        raise InputError(f"reward {name} in a worker process: {why}; {remedy}")
 
 
 def _readable(worker: Worker) -> bool:

@@ -1,4 +1,4 @@
-"""Ending a worker with everything that it started."""
+"""Ending a process with everything that it started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> int:
-    """Kill a worker, its process group, its descendants and whoever carries its mark; returns its exit status.
+    """Kill a process, its process group, its descendants and whoever carries its mark; returns its exit status.
 
     The group has what was forked plainly, the descendants what left the group, and the mark (the way of Jenkins' ProcessTreeKiller)
     what was orphaned besides.
