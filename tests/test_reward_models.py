@@ -349,8 +349,25 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, adaptation):
         RewardModel.load(tmp_path / "rm", load_trunk(make_model("llama", seed=1), make_tokenizer()))
     with pytest.raises(InputError, match="no reward model"):
         RewardModel.load(tmp_path / "nothing")
+    values = json.loads((tmp_path / "rm" / "reward_model.json").read_text())
+    for wrong in (
+        {},
+        [],
+        {**values, "heads": {}, "trunk": {}},
+        {name: v for name, v in values.items() if name != "adaptation"},
+        {**values, "heads": {"none": values["heads"]["a"]}},
+    ):
+        (tmp_path / "rm" / "reward_model.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="is damaged .*; train the reward model anew"):
+            RewardModel.load(tmp_path / "rm", trunk())
+    (tmp_path / "rm" / "reward_model.json").write_text(json.dumps({**values, "format": 99}))
+    with pytest.raises(InputError, match="has format 99, and this version reads"):
+        RewardModel.load(tmp_path / "rm", trunk())
     (tmp_path / "rm" / "reward_model.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="cannot be read"):
+        RewardModel.load(tmp_path / "rm", trunk())
+    (tmp_path / "rm" / "reward_model.safetensors").unlink()
+    with pytest.raises(InputError, match="no reward_model.safetensors"):
         RewardModel.load(tmp_path / "rm", trunk())
 
 

@@ -200,39 +200,64 @@ class RewardModel:
         Raises:
             InputError: if there is none in the folder, it is damaged, or the base is another one.
         """
-        folder = Path(folder)
+        saved = _Saved.read(Path(folder))
+        base = trunk or load_trunk(**saved.base, device=device)
+        trunks = [base]
+        if saved.adaptation is not None:
+            trunks = [base.with_weights(saved.adaptation, some) for some in saved.weights]
+        if base.fingerprint() != saved.fingerprint:
+            raise InputError(
+                f"the reward model in {folder} was trained on another {saved.base['model']!r}: the base's weights differ; load it "
+                f"with the base that it was trained on"
+            )
+        return cls(tuple(trunks), saved.heads, saved.adaptation)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a folder holds, read and found whole, before the base is loaded.
+
+    Attributes:
+        base: arguments of `load_trunk`; `fingerprint` is of its weights.
+        weights: of each trunk, in place of the base's.
+    """
+
+    base: Mapping[str, Any]
+    fingerprint: str
+    adaptation: Adaptation
+    weights: Sequence[Mapping[str, Tensor]]
+    heads: Mapping[str, Head]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        missing = next((file.name for file in files_of(folder) if not file.is_file()), None)
+        if missing is not None:
+            raise InputError(f"{folder} holds no reward model (no {missing}); give a folder that does")
         try:
             values = json.loads((folder / "reward_model.json").read_text())
             tensors = load_file(folder / "reward_model.safetensors")
-            if values["format"] != FORMAT:
-                raise InputError(
-                    f"{folder} has format {values['format']}, and this version reads {FORMAT}; train it anew"
-                )
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder} holds no reward model (no reward_model.json); give a folder that does"
-            ) from error
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            if isinstance(error, InputError):
-                raise
+            if values["format"] == FORMAT:
+                return cls._of(folder, values, tensors)
+        except InputError:
+            raise
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} cannot be read ({error}); train the reward model anew") from error
-        settings, adaptation = values["trunk"], _read(values["adaptation"])
-        base = trunk or load_trunk(
-            settings["model"],
-            pooling=settings["pooling"],
-            max_tokens=settings["max_tokens"],
-            dtype=settings["dtype"],
-            device=device,
-        )
-        trunks = [base]
-        if adaptation is not None:
-            trunks = [base.with_weights(adaptation, some) for some in _weights(folder, adaptation, tensors, values)]
-        if base.fingerprint() != settings["fingerprint"]:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"the reward model in {folder} was trained on another {settings['model']!r}: the base's weights differ; load it "
-                f"with the base that it was trained on"
-            )
-        return cls(tuple(trunks), {n: _head(n, plain, tensors) for n, plain in values["heads"].items()}, adaptation)
+                f"{folder} is damaged ({error} is missing or wrong); train the reward model anew"
+            ) from error
+        raise InputError(f"{folder} has format {values['format']}, and this version reads {FORMAT}; train it anew")
+
+    @classmethod
+    def _of(cls, folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Saved:
+        trunk, adaptation = values["trunk"], _read(values["adaptation"])
+        return cls(
+            {name: trunk[name] for name in ("model", "pooling", "max_tokens", "dtype")},
+            trunk["fingerprint"],
+            adaptation,
+            [] if adaptation is None else _weights(folder, adaptation, tensors, values),
+            {name: _head(name, plain, tensors) for name, plain in values["heads"].items()},
+        )
 
 
 @dataclass(eq=False)
