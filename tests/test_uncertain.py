@@ -19,6 +19,7 @@ from tiltlm.evidence import (
     VariancePenalised,
     WorstOfEnsemble,
 )
+from tiltlm.inference.catalogue import decoding_engines, training_engines
 from tiltlm.posterior import exact as ex
 from tiltlm.target import Target
 from tiltlm.testing import fixture_a, fixture_b, small_language
@@ -252,13 +253,11 @@ def test_bounds_hold_and_need_the_members(b):
     assert all(e.log_bounds is None for e in all_of(members(), exact).values())
 
 
-@pytest.mark.parametrize("kind", [MixtureOfPosteriors, LogPool, *AVERSE])
-def test_every_engine_and_the_certificate_take_it(kind):
+@pytest.mark.parametrize("kind", [EvidenceAverage, MixtureOfPosteriors, LogPool, *AVERSE])
+def test_training_and_the_certificate_go_to_its_own_posterior(kind):
     world = small_language()
     exact = ex.posterior(world.target, world.prompts)
-    some = members(bounds=(-1.6, 1.6))
-    evidence = LogPool(some, 0.7) if kind is LogPool else kind(known(some, exact), 0.7)
-    target = Target(world.prior, evidence)
+    target = Target(world.prior, kind(known(members(bounds=(-1.6, 1.6)), exact), 0.7))
     truth = ex.posterior(target, world.prompts)
     assert tl.plan(target, world.prompts, samples=32) is not None
     policy = tl.fit(target, world.prompts, tl.RLOO(group=16), steps=40, lora=None, batch=1, lr=0.1, micro_tokens=10**6)
@@ -268,6 +267,46 @@ def test_every_engine_and_the_certificate_take_it(kind):
     assert certificate.kl_posterior.low - 0.05 <= found <= certificate.kl_posterior.high + 0.05
     drawn = tl.Rejection(n=64).sample(target, world.prompts, rng=torch.Generator().manual_seed(0))
     assert len(drawn.kept().scored)
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """A cautious target, and the same law by a plain reward: no engine can tell them apart, if it looks at the evidence alone."""
+    world = small_language()
+    exact = ex.posterior(world.target, world.prompts)
+    cautious = LowerConfidenceBound(known(members(bounds=(-1.6, 1.6)), exact), 0.7, k=1.0)
+    values = (0.7 * cautious.log_likelihood(exact.scored.draws).log).tolist()
+    table = {tuple(ids): value for ids, value in zip(exact.completions, values, strict=True)}
+
+    def plain(completion_ids):
+        return [table[tuple(ids)] for ids in completion_ids]
+
+    low, high = cautious.log_bounds
+    return world, Target(world.prior, cautious), world.prior * tl.Reward(plain, 0.7, bounds=(0.7 * low, 0.7 * high))
+
+
+@pytest.mark.parametrize("name", [name for name, e in training_engines().items() if e.claim.data != "given"])
+@pytest.mark.filterwarnings("ignore::tiltlm.errors.TiltWarning")
+def test_every_training_engine_takes_the_steps_that_the_same_reward_asks_for(twins, name):
+    world, *targets = twins
+    settings = {"steps": 2, "lora": None, "batch": 1, "lr": 0.1, "micro_tokens": 10**6}
+    cautious, plain = (tl.fit(target, world.prompts, training_engines()[name], **settings) for target in targets)
+    draws = ex.posterior(targets[0], world.prompts).scored.draws
+    got, want, before = (law.log_prob(draws) for law in (cautious, plain, world.prior))
+    assert_close(got, want, rtol=0, atol=1e-9)
+    assert not torch.allclose(got, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(decoding_engines()) - {"value-guided"}))
+@pytest.mark.filterwarnings("ignore::tiltlm.errors.TiltWarning")
+def test_every_decoding_engine_draws_what_the_same_reward_asks_for(twins, name):
+    world, *targets = twins
+    cautious, plain = (
+        decoding_engines()[name].sample(target, world.prompts, rng=torch.Generator().manual_seed(0))
+        for target in targets
+    )
+    assert torch.equal(cautious.scored.draws.tokens, plain.scored.draws.tokens)
+    assert_close(cautious.log_w, plain.log_w, rtol=0, atol=1e-9)
 
 
 def test_prior_rewards_from_draws_approach_the_exact_ones():
