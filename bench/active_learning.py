@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tiltlm.labels import Candidates, Oracle, Session, active_learning
 from tiltlm.labels.acquisition import ACQUISITIONS
+from tiltlm.reward_models.glm import Logistic, Mode, mode, spread
 
 GROUP, HELD_OUT = 8, 600
 PRECISIONS = tuple(10.0**e for e in (-3, -2.5, -2, -1.5, -1, -0.5, 0))
@@ -34,44 +35,25 @@ COLOURS = {"bald": "#2a66a5", "double-thompson": "#d65f1e", "margin": "#3d8b57",
 
 @dataclass(frozen=True)
 class Head:
-    """N(mean, H^-1) over the weights: Laplace's approximation of Bayesian logistic regression on feature differences."""
+    """Laplace's approximation of Bayesian logistic regression on feature differences, at the prior precision of most evidence."""
 
-    mean: Tensor
-    cholesky: Tensor
-    log_evidence: float
-
-    @classmethod
-    def fit(cls, x: Tensor, precision: float) -> "Head":
-        """`x` holds winner minus loser in each row; Newton's method from 0, with halved steps where one overshoots."""
-        w, eye = torch.zeros(x.shape[1], dtype=x.dtype), torch.eye(x.shape[1], dtype=x.dtype)
-
-        def energy(w: Tensor) -> float:
-            return float(-torch.nn.functional.logsigmoid(x @ w).sum() + precision / 2 * w @ w)
-
-        for _ in range(50):
-            p = torch.sigmoid(-(x @ w))
-            hessian = (x.T * (p * (1 - p))) @ x + precision * eye
-            step = torch.cholesky_solve((x.T @ p - precision * w)[:, None], torch.linalg.cholesky(hessian))[:, 0]
-            size = 1.0
-            while energy(w + size * step) > energy(w) + 1e-12 and size > 1e-6:
-                size /= 2
-            w = w + size * step
-            if float(step.abs().max()) < 1e-6:
-                break
-        p = torch.sigmoid(-(x @ w))
-        root = torch.linalg.cholesky((x.T * (p * (1 - p))) @ x + precision * eye)
-        log_det = 2 * float(root.diagonal().log().sum())
-        return cls(w, root, -energy(w) + len(w) / 2 * math.log(precision) - log_det / 2)
+    mode: Mode
 
     @classmethod
     def best(cls, x: Tensor) -> "Head":
-        """The head at the prior precision with the highest evidence; without data, the widest but one."""
-        return max((cls.fit(x, precision) for precision in PRECISIONS), key=lambda head: head.log_evidence)
+        """`x` holds winner minus loser in each row; without rows, the widest precision but one."""
+        one = torch.ones(len(x), dtype=x.dtype)
+        modes = (mode(x, Logistic(one, 0 * one), spread(p, x.shape[1], bias=False)) for p in PRECISIONS)
+        return cls(max(modes, key=lambda found: found.log_evidence))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mode.weights[0]
 
     def members(self, features: Tensor, k: int, rng: torch.Generator) -> Tensor:
         """Rewards [k, B] under `k` draws of the weights."""
         noise = torch.randn(len(self.mean), k, generator=rng, dtype=self.mean.dtype)
-        weights = self.mean[:, None] + torch.linalg.solve_triangular(self.cholesky.T, noise, upper=True)
+        weights = self.mean[:, None] + torch.linalg.solve_triangular(self.mode.factor.T, noise, upper=True)
         return weights.T @ features.T
 
 

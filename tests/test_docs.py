@@ -121,6 +121,13 @@ def test_the_page_of_claims_is_the_engines_own():
     assert "not asked" not in page
 
 
+def test_the_page_of_rewards_names_every_part():
+    from tiltlm.rewards.catalogue import part_kinds
+
+    page = (ROOT / "docs/rewards.md").read_text()
+    assert not [name for name in part_kinds() if f"`{name}`" not in page]
+
+
 def test_the_pages_build(tmp_path):
     mkdocs = Path(sys.executable).with_name("mkdocs")
     command = [mkdocs, "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
