@@ -15,11 +15,15 @@ import tiltlm as tl
 from conftest import make_model, make_tokenizer, settings, write
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.trunk import TopLayers, load_trunk
+from tiltlm.names import name_of
 from tiltlm.reward_models import preference_probability, task_of
 from tiltlm.reward_models.calibration import calibration, check_reward_model
 from tiltlm.reward_models.model import RewardModel
 from tiltlm.reward_models.train import train_reward_model
 from tiltlm.reward_models.tune import Tuning, batch_rows
+from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.run import Run
+from tiltlm.workflow.uncertainty import KINDS
 
 WORDS = ["good", "film", "story", "quiet", "friends", "again", "who", "meet"]
 
@@ -581,3 +585,70 @@ def test_real_trunks_learn_sentiment(name, tmp_path):
     again = RewardModel.load(tmp_path)
     texts = [row["text"] for row in rows[:4]]
     assert_close(again.mean([""] * 4, texts), model.mean([""] * 4, texts), rtol=1e-5, atol=1e-5)
+
+
+class TestUncertaintyInARecipe:
+    @pytest.fixture
+    def learned(self, here, cli, models):
+        lines(here / "taste.jsonl", comparisons(60))
+        assert cli("reward", "fit", "--data", "taste.jsonl", "--model", models / "chat", "--out", "rm").code == 0
+        write(here / "recipe.yaml", settings(models, reward="rm", bounds=None, steps=1, samples=16))
+        return here
+
+    def target(self, **flags):
+        run = Run(read_recipe(Path("recipe.yaml"), flags))
+        run.check()
+        return run, run.target(0.25)
+
+    @pytest.mark.filterwarnings("ignore:a member's log Z is known only to")
+    @pytest.mark.parametrize("name", [name_of(kind) for kind in KINDS])
+    def test_it_is_the_evidence_that_python_makes(self, learned, name):
+        run, target = self.target(uncertainty=name, uncertainty_options={"members": 8})
+        members = tl.Members(run._reward_function.functions(8))
+        centred = tl.PriorRewards.of(members, run._drawn)
+        kind = next(kind for kind in KINDS if name_of(kind) == name)
+        expected = kind(centred, 0.25).log_likelihood(run._drawn).log
+        assert_close(target.score(run._drawn).log_evidence, expected, rtol=0, atol=1e-12)
+        assert_close(run.target(1.0).score(run._drawn).at(0.25).log_evidence, expected, rtol=0, atol=1e-12)
+
+    def test_settings_reach_it(self, learned):
+        run, mean = self.target(uncertainty="log-pool")
+        _, careful = self.target(uncertainty="lower-confidence-bound", uncertainty_options={"k": 2.0})
+        a, b = mean.score(run._drawn), careful.score(run._drawn)
+        sd = b.rewards["reward_sd"]
+        shift = run._uncertain.members.mean_of  # of each prompt: the pool's rewards are not centred
+        centre = torch.stack([shift(key).mean() for key in run._uncertain.members.rewards])[a.draws.prompt_index]
+        assert_close(b.beta * b.log_evidence, a.beta * a.log_evidence - centre - 2 * sd, rtol=0, atol=1e-9)
+
+    def test_every_command_speaks_of_one_target(self, learned, cli):
+        flags = ["--uncertainty", "lower-confidence-bound", "--uncertainty-options", "k=0.5"]
+        for command in ("plan", "train"):
+            ended = cli(command, "recipe.yaml", *flags)
+            assert ended.code == 0, ended.err
+        kept = (learned / "run/members.safetensors").read_bytes()
+        ended = cli("certify", "recipe.yaml", *flags, "--samples", "24", "--json", "c.json")
+        assert ended.code == 0, ended.err
+        assert (learned / "run/members.safetensors").read_bytes() == kept
+        metrics = json.loads((learned / "run/metrics.jsonl").read_text().splitlines()[0])
+        assert {"reward/lower_confidence_bound", "reward/reward_mean", "reward/reward_sd"} <= metrics.keys()
+        assert "with its uncertainty: lower-confidence-bound" in (learned / "run/policy/README.md").read_text()
+        ended = cli("sample", "recipe.yaml", *flags, "--engine", "smc", "--draws", "8")
+        assert ended.code == 0, ended.err
+        cli("plan", "recipe.yaml", *flags[:2], "--uncertainty-options", "members=4")
+        assert (learned / "run/members.safetensors").read_bytes() != kept
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--uncertainty", "worst"], "uncertainty is 'worst': input should be 'evidence-average', 'mixture"),
+            (["--uncertainty", "log-pool", "--reward", "rewards.py:good"], "give the folder of a learned reward"),
+            (["--uncertainty", "log-pool", "--reward-retries", "2"], "without reward_batch, reward_retries"),
+            (["--uncertainty", "log-pool", "--uncertainty-options", "k=2"], "has 'k', which log-pool has not; it has members"),
+            (["--uncertainty", "log-pool", "--uncertainty-options", "members=1"], "members is 1; draw at least 2"),
+            (["--uncertainty", "variance-penalised", "--uncertainty-options", "penalty=much"], "penalty is 'much'"),
+            (["--uncertainty", "lower-confidence-bound", "--uncertainty-options", "k=-1"], "k is -1"),
+            (["--uncertainty", "evidence-average", "--kl-budget", "1"], "evidence-average is made at one temperature"),
+        ],
+    )  # fmt: skip
+    def test_what_makes_no_sense(self, learned, refused, flags, message):
+        assert message in refused("plan", "recipe.yaml", *flags)

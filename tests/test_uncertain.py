@@ -324,14 +324,26 @@ def test_prior_rewards_from_draws_approach_the_exact_ones():
     assert_close(drawn.mean_of(key), truth.mean_of(key), rtol=0, atol=0.1)
 
 
+def test_the_spread_that_is_logged_is_the_members_about_their_common_zero(b):
+    """Offsets of members are no uncertainty about completions: shifted members have the same spread."""
+    _, exact = b
+    found = [
+        evidence.log_likelihood(exact.scored.draws).rewards["reward_sd"]
+        for offsets in (None, [5.0, 0.0, -3.0])
+        for name, evidence in evidences(members(3, offsets), exact).items()
+        if name != "log-pool"  # of members without prior draws
+    ]
+    for sd in found:
+        assert_close(sd, found[0], rtol=0, atol=1e-12)
+    assert found[0].max() < 1
+
+
 def test_what_cannot_be_used_is_said():
     world, other = fixture_b(), fixture_a()
     exact = ex.posterior(world.target, world.prompts)
     prior = known(members(), exact)
     with pytest.raises(InputError, match="no prior draws of prompt"):
-        LogPool(prior).log_likelihood(exact.scored.draws) and WorstOfEnsemble(
-            PriorRewards(members(), {}, {})
-        ).log_likelihood(exact.scored.draws)
+        WorstOfEnsemble(PriorRewards(members(), {}, {})).log_likelihood(exact.scored.draws)
     with pytest.raises(InputError, match="common zero"):
         WorstOfEnsemble(members())
     with pytest.raises(InputError, match="log Z"):

@@ -33,9 +33,11 @@ from tiltlm.records import Draws, Likelihood
 class _Uncertain(Algebra, ABC):
     """Evidence u / beta of a reward u that is made of the members' rewards."""
 
+    members: Members | PriorRewards
+
     @property
-    @abstractmethod
-    def _members(self) -> Members: ...
+    def _members(self) -> Members:
+        return self.members.members if isinstance(self.members, PriorRewards) else self.members
 
     @property
     @abstractmethod
@@ -60,9 +62,10 @@ class _Uncertain(Algebra, ABC):
         return None if bounds is None else (bounds[0] / self.beta, bounds[1] / self.beta)
 
     def log_likelihood(self, draws: Draws) -> Likelihood:
-        """u / beta of each completion, with the members' mean and standard deviation among what is logged."""
+        """u / beta of each completion. Logged as well: the members' mean, and their standard deviation, centred where they can be."""
         rewards, kept = self._members.rewards(draws)
-        mean, variance = moments_of(rewards, self._members.probabilities)
+        mean, _ = moments_of(rewards, self._members.probabilities)
+        _, variance = moments_of(self._centred(rewards, draws), self._members.probabilities)
         if not len(draws):
             return Likelihood(mean, {self._word: mean}, kept)
         judged = draws if bool(kept.all()) else draws.select(kept)
@@ -71,6 +74,10 @@ class _Uncertain(Algebra, ABC):
         name = self._members.name
         parts = {self._word: combined, f"{name}_mean": mean, f"{name}_sd": variance.sqrt()}
         return Likelihood(combined / self.beta, parts, kept)
+
+    def _centred(self, rewards: Float[Tensor, "M B"], draws: Draws) -> Float[Tensor, "M B"]:
+        """The rewards from the members' common zero, if their prior means are known."""
+        return rewards - self.members.means(draws) if isinstance(self.members, PriorRewards) else rewards
 
 
 # --- the three that are usually confused ---
@@ -120,10 +127,6 @@ class EvidenceAverage(_Uncertain):
         return f"evidence average at {self.member_beta} of {self.members.identity}"
 
     @property
-    def _members(self) -> Members:
-        return _members_of(self.members)
-
-    @property
     def _word(self) -> str:
         return "evidence_average"
 
@@ -132,7 +135,7 @@ class EvidenceAverage(_Uncertain):
         return _centred_bounds(self.members)
 
     def _combined(self, rewards: Float[Tensor, "M B"], draws: Draws) -> Float[Tensor, " B"]:
-        centred = rewards - self.members.means(draws) if isinstance(self.members, PriorRewards) else rewards
+        centred = self._centred(rewards, draws)
         return self.member_beta * weighted_log_mean(centred / self.member_beta, self._members.probabilities)
 
     def at(self, beta: float) -> EvidenceAverage:
@@ -181,10 +184,6 @@ class MixtureOfPosteriors(_Uncertain):
     def identity(self) -> str:
         """Tells this evidence from another."""
         return f"mixture of posteriors at {self.member_beta} of {self.members.identity}"
-
-    @property
-    def _members(self) -> Members:
-        return self.members.members
 
     @property
     def _word(self) -> str:
@@ -236,10 +235,6 @@ class LogPool(_Tempered):
         _require_temperature(self.beta)
 
     @property
-    def _members(self) -> Members:
-        return _members_of(self.members)
-
-    @property
     def _word(self) -> str:
         return "log_pool"
 
@@ -279,10 +274,6 @@ class _Averse(_Tempered):
         return 0.0
 
     @property
-    def _members(self) -> Members:
-        return self.members.members
-
-    @property
     def _reward_bounds(self) -> tuple[float, float] | None:
         bounds = _centred_bounds(self.members)
         return None if bounds is None else (bounds[0] - self._worst_loss(bounds[1] - bounds[0]), bounds[1])
@@ -292,7 +283,7 @@ class _Averse(_Tempered):
         return 0.0
 
     def _combined(self, rewards: Float[Tensor, "M B"], draws: Draws) -> Float[Tensor, " B"]:
-        return self._pessimistic(rewards - self.members.means(draws))
+        return self._pessimistic(self._centred(rewards, draws))
 
     @abstractmethod
     def _pessimistic(self, centred: Float[Tensor, "M B"]) -> Float[Tensor, " B"]: ...
@@ -373,10 +364,6 @@ class VariancePenalised(_Averse):
     def _pessimistic(self, centred: Float[Tensor, "M B"]) -> Float[Tensor, " B"]:
         mean, variance = moments_of(centred, self._members.probabilities)
         return mean - self.penalty * variance
-
-
-def _members_of(members: Members | PriorRewards) -> Members:
-    return members.members if isinstance(members, PriorRewards) else members
 
 
 def _centred_bounds(members: Members | PriorRewards) -> tuple[float, float] | None:

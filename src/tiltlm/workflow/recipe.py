@@ -12,12 +12,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tiltlm.data.reading import address
 from tiltlm.errors import InputError
+from tiltlm.workflow.beside import PARTS, beside
 
 Positive = Annotated[int, Field(ge=1)]
-PARTS = ("reward", "gold")
-"""Keys that are a function, or a list of parts."""
+UNCERTAIN = Literal[
+    "evidence-average",
+    "mixture-of-posteriors",
+    "log-pool",
+    "lower-confidence-bound",
+    "worst-of-ensemble",
+    "variance-penalised",
+]
+"""What may be made of several rewards for one thing; see `tiltlm.evidence.uncertain`."""
 
 
 class MomentSpec(BaseModel):
@@ -102,6 +109,14 @@ class Recipe(BaseModel):
         None, allow_inf_nan=False, description="choose beta so that the optimum has this mean reward"
     )
     bounds: tuple[float, float] | None = Field(None, description="smallest and largest reward; makes rejection exact")
+    uncertainty: UNCERTAIN | None = Field(
+        None,
+        description="what to make of a learned reward's uncertainty: evidence-average, mixture-of-posteriors, log-pool, "
+        "lower-confidence-bound, worst-of-ensemble or variance-penalised; by default its mean alone counts",
+    )
+    uncertainty_options: dict[str, Any] = Field(
+        {}, description="its settings: members=32, and k=1 or penalty=1 where there is one"
+    )
     on_error: Literal["fail", "drop"] = Field("fail", description="completions without a usable reward")
     moments: list[MomentSpec] = Field([], description="features and their means, file.py:function=mean")
     gold: str | list[dict[str, Any]] | None = Field(
@@ -267,7 +282,7 @@ def read_recipe(file: Path | None, flags: Mapping[str, Any], kind: type[Recipe] 
     """
     values: dict[str, Any] = {}
     if file is not None:
-        values = {name: _beside(file, name, value) for name, value in _yaml(file).items()}
+        values = {name: beside(file, name, value) for name, value in _yaml(file).items()}
     given = {name: value for name, value in flags.items() if value is not None}
     choices = {"beta", "kl_budget", "reward_goal"}
     if given.keys() & choices:  # a flag replaces whichever way the file chose
@@ -322,42 +337,6 @@ def _yaml(file: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"recipe {str(file)!r} holds no keys; write lines like 'model: smollm2-135m-instruct'")
     return {str(key): value for key, value in loaded.items()}
-
-
-def _beside(file: Path, name: str, value: Any) -> Any:
-    if name in PARTS and isinstance(value, list | dict):
-        return [_parts_beside(file, part) for part in (value if isinstance(value, list) else [value])]
-    if name == "moments" and isinstance(value, list):
-        return [_moment_beside(file, moment) for moment in value]
-    if name in {"prompts", "test", "reward", "gold", "start", "prior_adapter", "model", "data"} and isinstance(
-        value, str
-    ):
-        if name in ("prompts", "test"):
-            return _source_beside(file, value)
-        path, colon, rest = value.partition(":")
-        near = file.parent / path
-        if near.exists() and not Path(path).is_absolute():
-            return f"{near}{colon}{rest}"
-    return value
-
-
-def _source_beside(file: Path, source: str) -> str:
-    """Prompts beside the recipe; sets, hub ids and what is not there stay as they are."""
-    at = address(source)
-    near = file.parent / at.place
-    return f"{near}{source.removeprefix(at.place)}" if at.kind != "data" and near.is_file() else source
-
-
-def _parts_beside(file: Path, part: Any) -> Any:
-    """An item of a reward's list, the file of its function or schema found beside the recipe."""
-    if not isinstance(part, dict):
-        return part
-    near = {key: _beside(file, "reward", part[key]) for key in ("function", "schema") if key in part}
-    return {str(key): value for key, value in (part | near).items()}
-
-
-def _moment_beside(file: Path, moment: Any) -> Any:
-    return _parts_beside(file, moment) if isinstance(moment, dict) else _beside(file, "reward", moment)
 
 
 def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:

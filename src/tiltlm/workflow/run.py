@@ -25,9 +25,8 @@ from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
-from tiltlm.inference.fit import Training, fit, refuse_earlier
+from tiltlm.inference.fit import fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
-from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
@@ -46,6 +45,8 @@ from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
+from tiltlm.workflow.training import lora_of, training_of
+from tiltlm.workflow.uncertainty import check_uncertainty, uncertain_evidence
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
@@ -126,6 +127,8 @@ class Run:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
         r = self.recipe
         _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        if r.uncertainty is not None:
+            check_uncertainty(r, self._reward and self._reward[0])
         if r.gold is not None:
             reward_of(r.gold, r.model, self._load, "gold")
 
@@ -161,6 +164,12 @@ class Run:
         key = self._key(r.reward, self._reward and self._reward[1], r.beta, r.moments, self._moment_codes)
         return solve_moments(base, self._moments, lambda: self._drawn, r.samples, r.folder, key)
 
+    @cached_property
+    def _uncertain(self) -> Any:
+        """The evidence of a learned reward with its uncertainty."""
+        key = self._key(self.recipe.seed, self.reward_code, self.recipe.uncertainty_options)
+        return uncertain_evidence(self.recipe, self._reward_function, self.prompts, lambda: self._drawn, key)
+
     def target(self, beta: float) -> Target:
         """The target at a temperature. Moments are matched at the recipe's own, where their weights are in nats."""
         if not self.recipe.moments:
@@ -173,6 +182,8 @@ class Run:
         r = self.recipe
         if r.reward is None or self._reward is None:
             return self.prior * Preferences(beta)
+        if r.uncertainty is not None:
+            return self.prior * self._uncertain.at(beta)
         function, name = self._reward_function, reward_name(r.reward)
         return self.prior * Reward(function, beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
@@ -234,7 +245,8 @@ class Run:
 
     def _draws_key(self) -> str:
         r = self.recipe
-        return self._key(r.samples, r.seed, r.reward, self.reward_code, self._matched.identity if r.moments else None)
+        evidence = self._matched.identity if r.moments else self._uncertain.identity if r.uncertainty else None
+        return self._key(r.samples, r.seed, r.reward, self.reward_code, evidence)
 
     def _key(self, *parts: Any) -> str:
         """A hash of the prior, the prompts and what else something depends on."""
@@ -386,15 +398,3 @@ class Run:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
-
-
-def lora_of(recipe: Recipe) -> LoRA | None:
-    """The adapter to train; None trains all weights."""
-    r = recipe
-    return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
-
-
-def training_of(recipe: Recipe) -> Training:
-    """The loop's settings."""
-    names = set(Training.__dataclass_fields__)
-    return Training(**{name: value for name, value in recipe.model_dump().items() if name in names})
