@@ -689,6 +689,25 @@ class TestCoroutines:
 
         assert asyncio.run(notebook()) == [4, 3, 0, 4]
 
+    def test_leaving_the_program_ends_neither_the_loop_nor_the_run(self):
+        """`sys.exit` raised inside an event loop ends the loop, and whoever waits for the coroutine would wait for ever."""
+
+        async def fn(completions):
+            if "bad" in completions:
+                sys.exit("goodbye")
+            return length(completions)
+
+        async def one(completion):
+            return (await fn([completion]))[0]
+
+        for reward, says in (
+            (fn, r"SystemExit \(goodbye\)"),
+            (concurrently(one), r"RuntimeError \(sys.exit: goodbye\)"),
+        ):
+            assert judged(reward) == [4, None, 0, 4]
+            with pytest.raises(tl.InputError, match=f"raised {says} for completion 'bad'"):
+                judged(reward, "fail")
+
     def test_one_loop_for_all_batches(self):
         loops = []
 

@@ -25,14 +25,21 @@ def finished(returned: Any) -> Any:
         return returned
     future = asyncio.run_coroutine_threadsafe(_finish(returned), _loop())
     try:
-        return future.result()
+        value, left = future.result()
     except BaseException:  # Ctrl-C among them: what is still under way is cancelled
         future.cancel()
         raise
+    if left is not None:
+        raise left
+    return value
 
 
-async def _finish(awaitable: Any) -> Any:
-    return await awaitable
+async def _finish(awaitable: Any) -> tuple[Any, SystemExit | None]:
+    """What comes of it; `sys.exit` is handed over, because raised here it would end the loop, and whoever waits would wait for ever."""
+    try:
+        return await awaitable, None
+    except SystemExit as error:
+        return None, error
 
 
 @cache
@@ -73,7 +80,10 @@ def concurrently(one: Callable[..., Awaitable[float]], limit: int = 8) -> Callab
 
         async def judge(values: Sequence[Any]) -> Any:
             async with free:
-                return await one(**dict(zip(names, values, strict=True)))
+                try:
+                    return await one(**dict(zip(names, values, strict=True)))
+                except SystemExit as error:  # see `_finish`
+                    raise RuntimeError(f"sys.exit: {error}") from error
 
         rows = zip(*arguments.values(), strict=True)
         found = await asyncio.gather(*(judge(row) for row in rows), return_exceptions=True)
