@@ -162,7 +162,7 @@ class MixtureOfPosteriors(_Uncertain):
         TiltWarning: if some log Z_m is known too badly.
     """
 
-    members: PriorRewards
+    members: PriorRewards  # pyright: ignore[reportIncompatibleVariableOverride]
     member_beta: float = 1.0
     temperature: float | None = None
 
@@ -253,7 +253,7 @@ class LogPool(_Tempered):
 class _Averse(_Tempered):
     """A pessimistic reward of centred members, r_m(x, c) - E_pi0[r_m | c]."""
 
-    members: PriorRewards
+    members: PriorRewards  # pyright: ignore[reportIncompatibleVariableOverride]
     beta: float = 1.0  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __post_init__(self) -> None:

@@ -87,6 +87,7 @@ def uncertain_evidence(
     path = recipe.folder / FILE
     centred = _kept(path, members, prompts, key) or _keep(path, PriorRewards.of(members, draw()), prompts, key)
     if kind in AT_A_TEMPERATURE:
+        assert recipe.beta is not None
         return kind(centred, recipe.beta)
     return kind(centred, **settings)
 

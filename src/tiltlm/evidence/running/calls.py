@@ -200,7 +200,7 @@ def _none_alone(fn: TextFunction, error: Exception, size: int) -> None:
     )
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An exception as the end of a sentence about the function."""
     message = " ".join(str(error).split())
     if isinstance(error, Failure | Unusable):
