@@ -1,4 +1,7 @@
-"""The five applications, each a recipe: `tiltlm task NAME` runs it as it stands, a copy of its file is the start of one's own."""
+"""The five applications and their variants, each a recipe: `tiltlm task NAME` runs it as it stands, a copy of its file is the start of one's own.
+
+A variant's name begins with its application's: `qa`, `qa-chat`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ from tiltlm.errors import InputError
 def tasks() -> Mapping[str, Path]:
     """The recipes by name."""
     return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def applications() -> tuple[str, ...]:
+    """The names of the five, without variants."""
+    return tuple(name for name in tasks() if "-" not in name)
 
 
 def about(name: str) -> str:

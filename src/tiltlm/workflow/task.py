@@ -19,9 +19,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiltlm.errors import InputError
-from tiltlm.evaluation import DistinctN, PassAtK, System, TaskTable, evaluate_systems
+from tiltlm.evaluation import (
+    DistinctN,
+    PassAtK,
+    RiskCoverage,
+    System,
+    TaskTable,
+    evaluate_systems,
+    risk_coverage,
+    vote,
+)
 from tiltlm.records import Prompts
-from tiltlm.rewards import Length
+from tiltlm.rewards import Length, SelectiveAccuracy
 from tiltlm.target import Target
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.inputs import read_prompts, reward_of
@@ -201,6 +210,24 @@ def task_table(
     ]
     prompts = task.test_prompts
     return evaluate_systems(task.name, prompts, systems, task.metrics, baseline=compared), outcomes
+
+
+def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage]:
+    """For each method with several draws a prompt, the risk of answering with their vote, against how often one does.
+
+    All seeds together. None where no metric of the recipe's is about answers that may be withheld.
+    """
+    judge = next((metric for metric in task.metrics if isinstance(metric, SelectiveAccuracy)), None)
+    if judge is None:
+        return []
+    columns = {name: task.test_prompts.columns[name] for name in judge.reads}
+    votes: dict[str, list[tuple[float, bool]]] = {}
+    for found in outcomes:
+        if all(len(texts) > 1 for texts in found.texts):
+            chosen = [vote(texts, judge.phrases) for texts in found.texts]
+            right = judge.right([one.answer for one in chosen], columns)
+            votes.setdefault(found.method, []).extend(zip([one.share for one in chosen], right, strict=True))
+    return [risk_coverage(method, *zip(*pairs, strict=True)) for method, pairs in votes.items()]
 
 
 def certificates(outcomes: Sequence[Outcome], beta: float) -> Table:
