@@ -23,7 +23,7 @@ WORDS = ("Lima", "Quito", IDK)
 
 
 def three_answers(truth, confidence, beta, logits=(0.3, 0.9, -0.5)):
-    """A tabular model that says one of three words, under the calibrated reward; `truth` gives the first two's probabilities of being right."""
+    """A tabular model of one word, under the calibrated reward; `truth` has the probabilities that Lima and that Quito are right."""
     part = rewards.CalibratedAnswer(confidence=confidence)
 
     def reward(ids):
@@ -93,7 +93,14 @@ class TestReward:
         for confidence in (0.5, 0.1):
             world = three_answers((0.3, 0.0), confidence, 0.05, logits=(2.0, 0.0, 0.0))
             policy = tl.fit(
-                world.target, world.prompts, engine=tl.RLOO(group=8), lora=None, batch=1, lr=0.3, steps=60, micro_tokens=10**6
+                world.target,
+                world.prompts,
+                engine=tl.RLOO(group=8),
+                lora=None,
+                batch=1,
+                lr=0.3,
+                steps=60,
+                micro_tokens=10**6,
             )
             exact = ex.posterior(world.target, world.prompts)
             law = exact.log_prob(policy).exp()
@@ -142,7 +149,11 @@ class TestRiskCoverage:
 
 def test_accuracy_of_the_answers_given():
     columns = {"answer": ["a", "b", "c", "d"]}
-    systems = [System.of("bold", ["a", "b", "x", "y"]), System.of("shy", ["a", IDK, IDK, "y"]), System.of("mute", [IDK] * 4)]
+    systems = [
+        System.of("bold", ["a", "b", "x", "y"]),
+        System.of("shy", ["a", IDK, IDK, "y"]),
+        System.of("mute", [IDK] * 4),
+    ]
     table = evaluate_systems("t", columns, systems, [rewards.Answered(), rewards.SelectiveAccuracy()])
     found = {name: {k: cell.estimate.value for k, cell in cells.items()} for name, cells in table.rows.items()}
     assert found["bold"] == {"answered": 1.0, "selective-accuracy": 0.5}
@@ -166,7 +177,10 @@ def test_the_task_has_the_rule_the_curve_and_minimum_risk(cli, refused, here, mo
     texts = json.loads((here / "run" / "task" / "vote-0.5-0.json").read_text())["texts"]
     drawn = json.loads((here / "run" / "task" / "prior-0.json").read_text())["texts"]
     assert texts == [[one.answer if one.share >= 0.5 else IDK] for one in map(vote, drawn)]
-    write(here / "own.yaml", yaml.safe_load((here / "own.yaml").read_text()) | {"methods": {"mrt": {"options": {"alpha": -1}}}})
+    write(
+        here / "own.yaml",
+        yaml.safe_load((here / "own.yaml").read_text()) | {"methods": {"mrt": {"options": {"alpha": -1}}}},
+    )
     assert "alpha is -1" in refused("task", "own.yaml", "--methods", "prior,mrt")
     assert "vote-T" in refused("task", "own.yaml", "--methods", "vote-2")
 

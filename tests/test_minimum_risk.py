@@ -1,5 +1,6 @@
 """Minimum-risk training: its gradient by hand, where it settles, and that it is not p*."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -86,7 +87,7 @@ def test_the_expected_updates_end_at_the_largest_reward(exact, alpha):
         wanted = pair.sum(1)
         logits = logits + 4 * (wanted - q * wanted.sum())
         risen.append(float(q @ reward))
-    assert all(b >= a - 1e-12 for a, b in zip(risen, risen[1:], strict=False))
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(risen))
     assert risen[-1] == pytest.approx(float(reward.max()), abs=0.02)
     law = MinimumRisk().settles_at(exact)
     assert float((law.exp() * reward).sum()) == pytest.approx(float(reward.max()))

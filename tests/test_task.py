@@ -10,7 +10,7 @@ import tiltlm as tl
 from conftest import settings, write
 from tiltlm.cli.options import recipe_command
 from tiltlm.rewards.catalogue import make_part
-from tiltlm.tasks import about, task_recipe, tasks
+from tiltlm.tasks import about, applications, task_recipe, tasks
 from tiltlm.workflow.methods import METHODS
 from tiltlm.workflow.recipe import quickened, read_recipe
 from tiltlm.workflow.templates import templated
@@ -147,9 +147,11 @@ class TestBetas:
 
 class TestPackaged:
     def test_the_five_are_there(self, cli):
-        assert list(tasks()) == ["captions", "generation", "qa", "summary", "translation"]
-        out = cli("task").out
-        assert all(name in out for name in tasks())
+        assert applications() == ("captions", "generation", "qa", "summary", "translation")
+        assert {name.partition("-")[0] for name in tasks()} == set(applications())
+        shown = cli("task").out
+        assert all(name in shown for name in tasks())
+        assert "tiltlm task NAME --quick" in shown
 
     @pytest.mark.parametrize("name", tasks())
     def test_their_recipes_hold(self, name):

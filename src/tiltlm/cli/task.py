@@ -31,7 +31,12 @@ def _named(file: Path | None) -> Path:
     """The recipe of a task's name; without one, the list of all and no more."""
     if file is None:
         table = Table(
-            "task", "what", title="five applications, and their variants", title_justify="left", box=None, pad_edge=False
+            "task",
+            "what",
+            title="five applications, and their variants",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
         )
         for name in tasks():
             table.add_row(name if name in applications() else f"  {name}", about(name))

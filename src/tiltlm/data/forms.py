@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tiltlm.data.spec import DataSet, Progress, Row, Tally
@@ -23,12 +24,15 @@ def request(prompt: str, pattern: str, form: Mapping[str, Any], group: str) -> R
     return {"prompt": prompt, "pattern": pattern, "constraint": json.dumps(form), "group": group}
 
 
-def requests(what: str, about: str, make: Callable[[], list[Row]]) -> DataSet:
+def requests(
+    what: str, about: str, make: Callable[[], list[Row]], columns: Mapping[str, str] = MappingProxyType({})
+) -> DataSet:
     """A set of them.
 
     Args:
         what: a sentence on a row.
         about: what a `group` is, beside the place.
+        columns: what the set's own columns hold.
     """
 
     def rows(files: Mapping[str, Path], tally: Tally, progress: Progress) -> Sequence[Row]:
@@ -44,6 +48,7 @@ def requests(what: str, about: str, make: Callable[[], list[Row]]) -> DataSet:
             "pattern": "regular expression of completions that have the form",
             "constraint": "JSON: the form in a structure",
             "group": f"{about}, and place",
+            **columns,
         },
         content=("prompt", "group"),
         split=f"by {about} and place: no such combination is in two splits",

@@ -16,7 +16,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 def risk_coverage_figure(curves: Sequence[Json]) -> go.Figure:
     """The picture of some `RiskCoverage.as_dict()`: to the left only the surest questions are answered, to the right all."""
-    figure = canvas(440, "coverage: share of the questions that are answered", "risk: share of the answers that is wrong")
+    figure = canvas(
+        440, "coverage: share of the questions that are answered", "risk: share of the answers that is wrong"
+    )
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(margin_t=56, width=760, showlegend=True, legend=legend)
     colours = {"prior": LIGHT["prior"], "policy": LIGHT["policy"]}

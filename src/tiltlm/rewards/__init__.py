@@ -98,6 +98,7 @@ __all__ = [
     "RougeL",
     "RunsCode",
     "SceneF1",
+    "SelectiveAccuracy",
     "Sentiment",
     "TokenF1",
     "TokenPrecision",

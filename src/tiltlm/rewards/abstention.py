@@ -34,7 +34,7 @@ class _Withholding(AgainstReference):
 
     Attributes:
         column: the right answer, or all of them.
-        phrases: the beginnings of completions that withhold it.
+        phrases: the beginnings of completions that withhold one.
     """
 
     phrases: tuple[str, ...] = PHRASES
@@ -56,6 +56,7 @@ class CalibratedAnswer(_Withholding):
 
     Attributes:
         confidence: t, in (0, 1): from which an answer should be given.
+        phrases: the beginnings of completions that withhold it.
     """
 
     confidence: float = 0.5
@@ -96,6 +97,9 @@ class SelectiveAccuracy(_Withholding):
 
     One minus it is the selective risk. It says nothing without the coverage beside it; where no answer is given it is NaN. As a
     reward it would never make silence worth while: take `CalibratedAnswer`.
+
+    Attributes:
+        phrases: the beginnings of completions that withhold it.
     """
 
     extent: ClassVar[Bounds] = (0.0, 1.0)

@@ -1,6 +1,6 @@
-"""The five applications and their variants, each a recipe: `tiltlm task NAME` runs it as it stands, a copy of its file is the start of one's own.
+"""The five applications and their variants, each a recipe: `tiltlm task NAME` runs it as it stands.
 
-A variant's name begins with its application's: `qa`, `qa-chat`.
+A copy of its file is the start of one's own. A variant's name begins with its application's: `qa`, `qa-chat`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tiltlm.errors import InputError
 
 def tasks() -> Mapping[str, Path]:
     """The recipes by name."""
-    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"), key=lambda file: file.stem)}
 
 
 def applications() -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, 
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
 from tiltlm.workflow.recipe import Recipe, with_versions
+from tiltlm.workflow.references import parts_of, require_references
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import side_by_side, signs_of_hacking
 from tiltlm.workflow.sampling import edited, resampled, twisted
@@ -83,9 +84,8 @@ class Run:
     def rows(self) -> Sequence[Any]:
         """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
-        return (
-            [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.columns), r.template, r.column)
-        )
+        read = [] if r.prompts is None else read_prompts(r.prompts, r.column, r.columns)
+        return templated(read, r.template, r.column)
 
     @cached_property
     def given(self) -> Scored:
@@ -126,6 +126,7 @@ class Run:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
         r = self.recipe
         _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        require_references(parts_of(r), self.rows, str(r.prompts))
         if r.gold is not None:
             reward_of(r.gold, r.model, self._load, "gold")
 

@@ -36,6 +36,7 @@ from tiltlm.workflow.files import write_json
 from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.methods import Bench, Outcome, method_of
 from tiltlm.workflow.recipe import Recipe, for_method
+from tiltlm.workflow.references import parts_of, require_references
 from tiltlm.workflow.run import Progress, Run
 from tiltlm.workflow.templates import templated
 
@@ -105,6 +106,17 @@ class TaskRun:
         return PassAtK(
             int(settings.get("k", self.draws)), reward_of([dict(settings["of"])], self._first.lm, what="metrics")[0]
         )
+
+    def check(self) -> None:
+        """All that can be wrong with recipe and data, before hours of training.
+
+        Raises:
+            InputError: naming it.
+        """
+        self._first.check()
+        judges = [part.judge if isinstance(part, PassAtK) else part for part in self.metrics]
+        require_references([*parts_of(self.recipe), *judges], self.test_rows, str(self.recipe.test))
+        _ = self.test_prompts, self._first.prompts
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
@@ -194,9 +206,10 @@ def task_table(
     compared = methods[0] if baseline is None else baseline
     if compared not in methods:
         raise InputError(f"baseline is {compared!r}; choose one of the methods, {', '.join(methods)}")
-    for method in methods:  # a typing error shows before hours of training
+    for method in methods:
         method_of(method)
         for_method(task.recipe, method)
+    task.check()
     outcomes = [task.outcome(method, task.recipe.seed + seed) for seed in range(seeds) for method in methods]
     by_method = {method: [found for found in outcomes if found.method == method] for method in methods}
     systems = [

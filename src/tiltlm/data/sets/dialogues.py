@@ -27,23 +27,51 @@ TOPICS = (
     "a holiday",
     "a football match",
 )
+EXAMPLES = (
+    ("Lea and Tom", "a lost key, in a kitchen", "Lea: Did you lock the door?\nTom: I thought you had the key."),
+    (
+        "Max and Eva",
+        "a boat, on a beach",
+        "Max: Is that your boat?\nEva: It was my father's.\nMax: Will you sell it?\nEva: Never.",
+    ),
+)
+"""Ours; they show the form."""
 
 
 def dialogues() -> list[Row]:
     """All speakers, topics and places, with two or four lines in turn."""
+    shown = [
+        message
+        for speakers, topic, lines in EXAMPLES
+        for message in (_said("user", _asked(speakers, topic, lines.count("\n") + 1)), _said("assistant", lines))
+    ]
     found = []
     for number, (speakers, topic, place) in enumerate(itertools.product(SPEAKERS, TOPICS, PLACES)):
         count = 2 * (1 + number % 2)
         one, other = speakers.split(" and ")
-        prompt = (
-            f"Write a dialogue of exactly {count} lines between {speakers} about {topic}, {place}. Begin each line with the speaker's "
-            f"name and a colon; {one} begins."
-        )
+        prompt = _asked(speakers, f"{topic}, {place}", count)
         turn = rf"{re.escape(one)}: [^\n]+\n{re.escape(other)}: [^\n]+"
         pattern = rf"^\s*{turn}(\n{turn}){{{count // 2 - 1}}}\s*$"
         truth = {"form": "dialogue", "lines": count, "speakers": [one, other]}
-        found.append(request(prompt, pattern, truth, f"{topic} {place}"))
+        row = request(prompt, pattern, truth, f"{topic} {place}")
+        found.append({**row, "messages": [*shown, _said("user", prompt)]})
     return found
 
 
-SET = requests("A request for a dialogue, and the form that it must have.", "topic", dialogues)
+def _asked(speakers: str, topic: str, count: int) -> str:
+    return (
+        f"Write a dialogue of exactly {count} lines between {speakers} about {topic}. Begin each line with the speaker's name and a "
+        f"colon; {speakers.partition(' ')[0]} begins."
+    )
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+SET = requests(
+    "A request for a dialogue, and the form that it must have.",
+    "topic",
+    dialogues,
+    {"messages": "the same as a conversation, after two requests with their dialogues"},
+)
