@@ -59,9 +59,10 @@ def dialogues() -> list[Row]:
 
 
 def _asked(speakers: str, topic: str, count: int) -> str:
+    first = speakers.partition(" ")[0]
     return (
         f"Write a dialogue of exactly {count} lines between {speakers} about {topic}. Begin each line with the speaker's name and a "
-        f"colon; {speakers.partition(' ')[0]} begins."
+        f"colon; {first} begins."
     )
 
 
