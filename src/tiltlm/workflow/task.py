@@ -233,7 +233,7 @@ def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage
     judge = next((metric for metric in task.metrics if isinstance(metric, SelectiveAccuracy)), None)
     if judge is None:
         return []
-    columns = {name: task.test_prompts.columns[name] for name in judge.reads}
+    columns: dict[str, Sequence[Any]] = {name: task.test_prompts.columns[name] for name in judge.reads}
     votes: dict[str, list[tuple[float, bool]]] = {}
     for found in outcomes:
         if all(len(texts) > 1 for texts in found.texts):
