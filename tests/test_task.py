@@ -153,6 +153,12 @@ class TestPackaged:
         assert all(name in shown for name in tasks())
         assert "tiltlm task NAME --quick" in shown
 
+    def test_the_help_says_what_may_be_given(self, cli, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        said = cli("task", "--help").out
+        assert "an application's name, or a YAML file" in said
+        assert "[a:b] takes some rows" in said  # and is no markup
+
     @pytest.mark.parametrize("name", tasks())
     def test_their_recipes_hold(self, name):
         recipe = read_recipe(task_recipe(name), {})

@@ -39,7 +39,7 @@ def _named(file: Path | None) -> Path:
             pad_edge=False,
         )
         for name in tasks():
-            table.add_row(name if name in applications() else f"  {name}", about(name))
+            table.add_row(name if name in applications() else f"  {name}", about(name).partition(". ")[0].rstrip("."))
         console.print(table)
         say("see that one runs:      tiltlm task NAME --quick", style="dim")
         say("train and judge it:     tiltlm task NAME", style="dim")
@@ -49,7 +49,16 @@ def _named(file: Path | None) -> Path:
     return task_recipe(file)
 
 
-@recipe_command("Prior", "Evidence", "Application", "Training", "Samples", "Run", find=_named)
+@recipe_command(
+    "Prior",
+    "Evidence",
+    "Application",
+    "Training",
+    "Samples",
+    "Run",
+    find=_named,
+    argument="an application's name, or a YAML file of one's own; none lists them",
+)
 def task(
     recipe: Recipe,
     table: Annotated[bool, typer.Option("--table", help="all methods, with several seeds")] = False,

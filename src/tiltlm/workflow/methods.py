@@ -115,7 +115,7 @@ class Bench:
     def most_probable(self, sampler: Any, seconds: float = 0.0) -> Outcome:
         """Greedy decoding: the one completion that takes the most probable token each time. Not a draw, so without a density."""
         began = time.perf_counter()
-        greedy = replace(self._reporting(sampler), law=replace(sampler.law, top_k=1))
+        greedy = replace(self._reporting(sampler, 1), law=replace(sampler.law, top_k=1))
         scored = self.target.score(greedy.draw(self.prompts, 1, Generator().manual_seed(self.seed)))
         texts = System.drawn(self.method, scored.draws).runs[0]
         reward = self.target.beta * float(scored.log_evidence.double().mean())
@@ -153,9 +153,11 @@ class Bench:
     def decoded(self, engine: str, proposal: Sampler | None = None, seconds: float = 0.0, count: int = 0) -> Outcome:
         """What a decoding engine returns: `count` completions resampled from its weights, by default as many as are judged."""
         began = time.perf_counter()
-        decoder = within(decoding_engines()[engine], max(self.of.recipe.group, self.task.draws))
-        rng = Generator().manual_seed(self.seed)
-        weighted: Weighted = decoder.sample(self.target, self.prompts, proposal=proposal, rng=rng)
+        draws = max(self.of.recipe.group, self.task.draws)
+        decoder, rng = within(decoding_engines()[engine], draws), Generator().manual_seed(self.seed)
+        target = replace(self.target, prior=self._reporting(self.of.prior, draws)) if proposal is None else self.target
+        proposal = None if proposal is None else self._reporting(proposal, draws)
+        weighted: Weighted = decoder.sample(target, self.prompts, proposal=proposal, rng=rng)
         reward = self.target.beta * expectation(weighted, weighted.scored.log_evidence.double())
         returned = System.resampled(
             self.method, count or self.task.draws, Generator().manual_seed(self.seed + 1), weighted
@@ -233,11 +235,12 @@ class Bench:
             write_json(facts, known)
         return self.of.sampler(None), float(known["training"])
 
-    def _reporting(self, sampler: Any) -> Any:
+    def _reporting(self, sampler: Any, draws: int | None = None) -> Any:
+        """The same with a bar, of the draws that are judged by default."""
         if self.task.progress is None:
             return sampler
-        bar = self.task.progress(f"{self.method}, seed {self.seed}", len(self.prompts) * self.task.draws)
-        return replace(sampler, progress=bar)
+        count = len(self.prompts) * (self.task.draws if draws is None else draws)
+        return replace(sampler, progress=self.task.progress(f"{self.method}, seed {self.seed}", count))
 
 
 def expectation(weighted: Weighted, values: Any) -> float:

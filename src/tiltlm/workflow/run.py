@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Generator
 
+from tiltlm.data.spec import Progress
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
@@ -47,9 +48,6 @@ from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""(what, how many) -> a function that is told how many more are done."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ class Run:
     def rows(self) -> Sequence[Any]:
         """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
-        read = [] if r.prompts is None else read_prompts(r.prompts, r.column, r.columns)
+        read = [] if r.prompts is None else read_prompts(r.prompts, r.column, r.columns, self.progress)
         return templated(read, r.template, r.column)
 
     @cached_property

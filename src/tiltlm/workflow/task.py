@@ -18,6 +18,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tiltlm.data.spec import Progress
 from tiltlm.errors import InputError
 from tiltlm.evaluation import (
     DistinctN,
@@ -37,7 +38,7 @@ from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.methods import Bench, Outcome, method_of
 from tiltlm.workflow.recipe import Recipe, for_method
 from tiltlm.workflow.references import parts_of, require_references
-from tiltlm.workflow.run import Progress, Run
+from tiltlm.workflow.run import Run
 from tiltlm.workflow.templates import templated
 
 
@@ -78,7 +79,8 @@ class TaskRun:
             raise InputError(
                 "test is missing; write the held-out prompts with their references into the recipe, 'test: FILE'"
             )
-        return [dict(row) for row in templated(read_prompts(r.test, r.column, r.columns), r.template, r.column)]
+        read = read_prompts(r.test, r.column, r.columns, self.progress)
+        return [dict(row) for row in templated(read, r.template, r.column)]
 
     @cached_property
     def test_prompts(self) -> Prompts:
@@ -221,8 +223,9 @@ def task_table(
         )
         for method, some in by_method.items()
     ]
-    prompts = task.test_prompts
-    return evaluate_systems(task.name, prompts, systems, task.metrics, baseline=compared), outcomes
+    bar = None if task.progress is None else task.progress("judging", len(systems) * len(task.metrics))
+    table = evaluate_systems(task.name, task.test_prompts, systems, task.metrics, baseline=compared, progress=bar)
+    return table, outcomes
 
 
 def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage]:
