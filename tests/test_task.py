@@ -181,6 +181,19 @@ class TestPackaged:
         assert taken[0].out == "elsewhere"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks())
+def test_each_runs(cli, tmp_path, name):
+    """`--quick`, on the real data and models."""
+    ended = cli("task", name, "--quick", "--out", tmp_path / name, "--json", tmp_path / "t.json")
+    if ended.code == 2 and ("is not installed" in ended.err or "apt" in ended.err):
+        pytest.skip(ended.errors[0])
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert [system["name"] for system in found["systems"]] == ["prior", "policy"]
+    assert (tmp_path / name / "task.html").stat().st_size > 1000
+
+
 class TestTemplates:
     def test_columns_make_the_prompt(self):
         rows = templated([{"prompt": "2 + 2", "hint": "four"}], "Q: {{ prompt }} ({{ hint }})\nA:", "prompt")

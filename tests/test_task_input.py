@@ -1,6 +1,7 @@
 """Bad input to the applications: one sentence, exit code 2, before anything is trained."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ import tiltlm as tl
 from conftest import settings, write
 from kinds import text_model, words
 from tiltlm import rewards
+from tiltlm.data import sources
 from tiltlm.workflow.references import require_references
 
 GOOD = [{"prompt": "a b", "reference": "a"}, {"prompt": "b", "reference": "b"}]
@@ -149,6 +151,15 @@ def test_names(refused):
     assert "row 1 of the train rows has no column 'image'" in refused(
         "start", "captions", "--data", "stories", "--quick"
     )
+
+
+def test_data_that_cannot_be_fetched(refused, tmp_path, monkeypatch):
+    """The optional set: where its package is neither installed nor to be had, one sentence says what to install."""
+    monkeypatch.setenv("TILTLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    says = "'tuxpaint-stamps-default' is not here, and this machine has no apt to fetch it with; apt-get install"
+    assert says in refused("task", "captions-stamps", "--out", tmp_path / "run")
 
 
 def test_columns_of_ones_own(cli, here, recipe):
