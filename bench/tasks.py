@@ -1,7 +1,7 @@
 """The five applications, every method with three seeds: `tiltlm task NAME --table` of each, as JSON and as a table for the docs.
 
 python bench/tasks.py                        # all five; hours on two cores, and it goes on where it was cut off
-python bench/tasks.py qa --out runs          # one
+python bench/tasks.py qa --out runs          # one; variants too, such as qa-abstain
 python bench/tasks.py --written              # only the tables again, from the JSON files that are there
 """
 
@@ -19,7 +19,7 @@ from tiltlm.report.betas import betas_figure
 from tiltlm.report.canvas import write_figure
 from tiltlm.report.palette import LIGHT
 from tiltlm.report.tasks import task_figure
-from tiltlm.tasks import tasks
+from tiltlm.tasks import applications
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,7 +28,7 @@ PAPER = LIGHT["paper"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(tasks()), help="which applications")
+    parser.add_argument("names", nargs="*", default=list(applications()), help="which; the five by default")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--written", action="store_true", help="run nothing")
     chosen = parser.parse_args()

@@ -21,7 +21,9 @@ from tiltlm.data.descriptions import paragraphs, read_descriptions, summaries
 from tiltlm.data.patterns import expand, fields, lines
 from tiltlm.data.reading import address
 from tiltlm.data.scenes import COLOURS, NATURAL, NOUNS, RELATIONS, SIZE, Scene, Thing, caption, draw, random_scene
-from tiltlm.data.sets import bible_en_es, films, glosses, quiz, stories
+from tiltlm.data.sets import bible_en_es, films, glosses, quiz
+from tiltlm.data.sets.dialogues import dialogues
+from tiltlm.data.sets.stories import stories
 from tiltlm.data.spec import SPLITS, DataSet, Tally, no_progress
 from tiltlm.data.split import SHINGLE, content_key, linked, near_duplicates, split_of
 from tiltlm.errors import InputError
@@ -329,7 +331,7 @@ def test_reviews_are_cleaned_and_halved(tmp_path):
 
 
 def test_the_forms_of_stories_are_kept_by_what_keeps_them():
-    rows = stories.rows({}, Tally(), no_progress)
+    rows = [*stories(), *dialogues()]
     story = next(
         row for row in rows if json.loads(row["constraint"]) == {"form": "story", "sentences": 2, "word": "key"}
     )

@@ -10,7 +10,7 @@ import tiltlm as tl
 from conftest import settings, write
 from tiltlm.cli.options import recipe_command
 from tiltlm.rewards.catalogue import make_part
-from tiltlm.tasks import about, task_recipe, tasks
+from tiltlm.tasks import about, applications, task_recipe, tasks
 from tiltlm.workflow.methods import METHODS
 from tiltlm.workflow.recipe import quickened, read_recipe
 from tiltlm.workflow.templates import templated
@@ -147,9 +147,17 @@ class TestBetas:
 
 class TestPackaged:
     def test_the_five_are_there(self, cli):
-        assert list(tasks()) == ["captions", "generation", "qa", "summary", "translation"]
-        out = cli("task").out
-        assert all(name in out for name in tasks())
+        assert applications() == ("captions", "generation", "qa", "summary", "translation")
+        assert {name.partition("-")[0] for name in tasks()} == set(applications())
+        shown = cli("task").out
+        assert all(name in shown for name in tasks())
+        assert "tiltlm task NAME --quick" in shown
+
+    def test_the_help_says_what_may_be_given(self, cli, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        said = cli("task", "--help").out
+        assert "an application's name, or a YAML file" in said
+        assert "[a:b] takes some rows" in said  # and is no markup
 
     @pytest.mark.parametrize("name", tasks())
     def test_their_recipes_hold(self, name):
@@ -171,6 +179,19 @@ class TestPackaged:
         command = recipe_command("Run", find=task_recipe)(lambda recipe: taken.append(recipe))  # noqa: PLW0108  its parameter's name counts
         command(recipe="qa", out="elsewhere", seed=None)
         assert taken[0].out == "elsewhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks())
+def test_each_runs(cli, tmp_path, name):
+    """`--quick`, on the real data and models."""
+    ended = cli("task", name, "--quick", "--out", tmp_path / name, "--json", tmp_path / "t.json")
+    if ended.code == 2 and ("is not installed" in ended.err or "apt" in ended.err):
+        pytest.skip(ended.errors[0])
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert [system["name"] for system in found["systems"]] == ["prior", "policy"]
+    assert (tmp_path / name / "task.html").stat().st_size > 1000
 
 
 class TestTemplates:

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from tiltlm.inference.training.paths.trajectory_balance import TrajectoryBalance
     from tiltlm.inference.training.paths.var_grad import VarGrad
     from tiltlm.inference.training.policy_gradients.grpo import GRPO
+    from tiltlm.inference.training.policy_gradients.minimum_risk import MinimumRisk
     from tiltlm.inference.training.policy_gradients.ppo import PPO
     from tiltlm.inference.training.policy_gradients.reinforce import Reinforce
     from tiltlm.inference.training.policy_gradients.rloo import RLOO
@@ -133,6 +134,7 @@ _HOME = {
     "MCMC": "inference.decoding.mcmc",
     "MaskedEdits": "inference.decoding.kernels",
     "Members": "evidence.members",
+    "MinimumRisk": "inference.training.policy_gradients.minimum_risk",
     "Mixture": "inference.decoding.kernels",
     "MixtureOfPosteriors": "evidence.uncertain",
     "Moment": "evidence.moments",
@@ -251,6 +253,7 @@ __all__ = [
     "LowerConfidenceBound",
     "MaskedEdits",
     "Members",
+    "MinimumRisk",
     "Mixture",
     "MixtureOfPosteriors",
     "Moment",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 import yaml
+from rich.markup import escape
 
 from tiltlm.errors import InputError
 from tiltlm.workflow.recipe import MomentSpec, Recipe, read_recipe
@@ -92,7 +93,10 @@ FILE_ONLY = ("metrics", "methods", "quick")
 
 
 def recipe_command(
-    *panels: str, kind: type[Recipe] = Recipe, find: Callable[[Path | None], Path | None] = lambda file: file
+    *panels: str,
+    kind: type[Recipe] = Recipe,
+    find: Callable[[Path | None], Path | None] = lambda file: file,
+    argument: str = "YAML file; flags go on top",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the argument RECIPE and a flag for every field of the panels; it receives the `Recipe`.
 
@@ -100,6 +104,7 @@ def recipe_command(
 
     Args:
         find: makes the file of what was given for RECIPE.
+        argument: what RECIPE is, for --help.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,7 +121,7 @@ def recipe_command(
             "recipe",
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
-            annotation=Annotated[Path | None, typer.Argument(help="YAML file; flags go on top", show_default=False)],
+            annotation=Annotated[Path | None, typer.Argument(help=argument, show_default=False)],
         )
         parameters = [file, *[_flag(panel, name) for panel, name in fields], *own]
         run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # pyright: ignore
@@ -131,7 +136,7 @@ def _flag(panel: str, name: str) -> inspect.Parameter:
     field = Recipe.model_fields[name]
     kind = _plain_type(field.annotation)
     shown = "" if field.is_required() or field.default in (None, [], {}) else f" [dim](default: {field.default})[/dim]"
-    option = typer.Option(help=f"{field.description}{shown}", rich_help_panel=panel, show_default=False)
+    option = typer.Option(help=f"{escape(field.description or '')}{shown}", rich_help_panel=panel, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

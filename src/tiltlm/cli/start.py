@@ -14,7 +14,9 @@ from tiltlm.cli.output import require_writable, say, stderr, write_result
 
 
 def start(
-    name: Annotated[str, typer.Argument(help="translation or captions", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="translation, translation-es, captions or captions-stamps", show_default=False)
+    ],
     data: Annotated[
         str | None, typer.Option(help="a data set; by default the start's own, which it names", show_default=False)
     ] = None,

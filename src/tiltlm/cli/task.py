@@ -14,7 +14,7 @@ from tiltlm.cli.bars import draw_bars
 from tiltlm.cli.options import Json, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
 from tiltlm.errors import InputError
-from tiltlm.tasks import about, task_recipe, tasks
+from tiltlm.tasks import about, applications, task_recipe, tasks
 from tiltlm.workflow.recipe import Recipe, quickened
 
 if TYPE_CHECKING:
@@ -30,24 +30,43 @@ SEEDS = 3
 def _named(file: Path | None) -> Path:
     """The recipe of a task's name; without one, the list of all and no more."""
     if file is None:
-        table = Table("task", "what", title="applications", title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            "task",
+            "what",
+            title="five applications, and their variants",
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+        )
         for name in tasks():
-            table.add_row(name, about(name))
+            table.add_row(name if name in applications() else f"  {name}", about(name).partition(". ")[0].rstrip("."))
         console.print(table)
-        say("run one: tiltlm task NAME; see its settings: tiltlm task NAME --show", style="dim")
+        say("see that one runs:      tiltlm task NAME --quick", style="dim")
+        say("train and judge it:     tiltlm task NAME", style="dim")
+        say("every method, 3 seeds:  tiltlm task NAME --table", style="dim")
+        say("its settings, to copy:  tiltlm task NAME --show", style="dim")
         raise typer.Exit
     return task_recipe(file)
 
 
-@recipe_command("Prior", "Evidence", "Application", "Training", "Samples", "Run", find=_named)
+@recipe_command(
+    "Prior",
+    "Evidence",
+    "Application",
+    "Training",
+    "Samples",
+    "Run",
+    find=_named,
+    argument="an application's name, or a YAML file of one's own; none lists them",
+)
 def task(
     recipe: Recipe,
     table: Annotated[bool, typer.Option("--table", help="all methods, with several seeds")] = False,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="by commas: prior, prior/greedy, sft, best-of-n, smc, policy, policy/greedy, dpo, policy/smc; and sft/policy, prior/mbr, "
-            "copy, lead-N"
+            help="by commas: prior, prior/greedy, sft, best-of-n, smc, policy, policy/greedy, dpo, policy/smc; and sft/policy, mrt, "
+            "prior/mbr, copy, lead-N, vote-T"
         ),
     ] = None,
     baseline: Annotated[
@@ -85,29 +104,35 @@ def task(
             running.close()
     for part in shown.parts:
         console.print(part)
-    say(f"picture: {write_figure(shown.figure, chosen.folder / f'{shown.name}.html')}")
+    for name, figure in shown.figures.items():
+        say(f"picture: {write_figure(figure, chosen.folder / f'{name}.html')}")
     write_result(chosen.folder / f"{shown.name}.json", shown.values)
     write_result(json_file, shown.values)
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A result: what is printed, its picture, its numbers, and what its files are called."""
+    """A result: what is printed, its pictures by name, its numbers, and what their file is called."""
 
     name: str
     parts: tuple[Any, ...]
-    figure: go.Figure
+    figures: Mapping[str, go.Figure]
     values: Mapping[str, Any]
 
 
 def _compared(running: TaskRun, methods: list[str], seeds: int, baseline: str | None) -> _Shown:
+    from tiltlm.report.selective import risk_coverage_figure
     from tiltlm.report.tasks import task_figure
-    from tiltlm.workflow.task import certificates, task_table
+    from tiltlm.workflow.task import certificates, risk_curves, task_table
 
     found, outcomes = task_table(running, methods, seeds, baseline)
     table = found.as_dict()
     values = {**table, "beta": running.beta, "outcomes": [outcome.facts() for outcome in outcomes]}
-    return _Shown("task", (found, certificates(outcomes, running.beta)), task_figure(table), values)
+    figures, curves = {"task": task_figure(table)}, [curve.as_dict() for curve in risk_curves(running, outcomes)]
+    if curves:
+        values["risk_coverage"] = curves
+        figures["risk-coverage"] = risk_coverage_figure(curves)
+    return _Shown("task", (found, certificates(outcomes, running.beta)), figures, values)
 
 
 def _swept(running: TaskRun, betas: list[float], seeds: int) -> _Shown:
@@ -116,7 +141,7 @@ def _swept(running: TaskRun, betas: list[float], seeds: int) -> _Shown:
 
     found = sweep(running, betas, seeds)
     values = found.as_dict()
-    return _Shown("betas", (found,), betas_figure(values), values)
+    return _Shown("betas", (found,), {"betas": betas_figure(values)}, values)
 
 
 def _names(methods: str | None, table: bool, baselines: list[str]) -> list[str]:

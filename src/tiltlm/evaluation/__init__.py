@@ -2,6 +2,7 @@
 
 from tiltlm.evaluation.mbr import agreement, expected_utilities, mbr_system, minimum_bayes_risk
 from tiltlm.evaluation.metrics import DistinctN, PassAtK, SelfBLEU, Unique, pass_at_k
+from tiltlm.evaluation.selective import RiskCoverage, Vote, risk_coverage, vote, voted
 from tiltlm.evaluation.systems import System, copied, lead
 from tiltlm.evaluation.table import TaskTable, evaluate_systems
 from tiltlm.evaluation.tasks import TASKS, task_metrics
@@ -12,10 +13,12 @@ __all__ = [
     "Cell",
     "DistinctN",
     "PassAtK",
+    "RiskCoverage",
     "SelfBLEU",
     "System",
     "TaskTable",
     "Unique",
+    "Vote",
     "agreement",
     "copied",
     "evaluate_systems",
@@ -24,5 +27,8 @@ __all__ = [
     "mbr_system",
     "minimum_bayes_risk",
     "pass_at_k",
+    "risk_coverage",
     "task_metrics",
+    "vote",
+    "voted",
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiltlm.evidence.composition import Clipped, Formula, Linear, Offset, Product
     from tiltlm.evidence.parts import Column, Function, Part
+    from tiltlm.rewards.abstention import Answered, CalibratedAnswer, SelectiveAccuracy
     from tiltlm.rewards.answers import ExactMatch, LabelMatch, NumericEquality, TokenF1, TokenPrecision, TokenRecall
     from tiltlm.rewards.catalogue import described, make_part, part_kinds
     from tiltlm.rewards.classifiers import Classifier
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AnswerLikelihood": "rewards.likelihoods",
+    "Answered": "rewards.abstention",
     "BLEU": "rewards.overlap",
     "CHRF": "rewards.overlap",
+    "CalibratedAnswer": "rewards.abstention",
     "Classifier": "rewards.classifiers",
     "Clipped": "evidence.composition",
     "Column": "evidence.parts",
@@ -53,6 +56,7 @@ _HOME = {
     "RougeL": "rewards.overlap",
     "RunsCode": "rewards.programs",
     "SceneF1": "rewards.scenes",
+    "SelectiveAccuracy": "rewards.abstention",
     "Sentiment": "rewards.lexicons",
     "TokenF1": "rewards.answers",
     "TokenPrecision": "rewards.answers",
@@ -68,6 +72,8 @@ __all__ = [
     "BLEU",
     "CHRF",
     "AnswerLikelihood",
+    "Answered",
+    "CalibratedAnswer",
     "Classifier",
     "Clipped",
     "Column",
@@ -92,6 +98,7 @@ __all__ = [
     "RougeL",
     "RunsCode",
     "SceneF1",
+    "SelectiveAccuracy",
     "Sentiment",
     "TokenF1",
     "TokenPrecision",

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -72,28 +72,40 @@ class Pattern(Part):
     Attributes:
         pattern: in the syntax of Python's re; (?i) at its start ignores case.
         whole: it must describe the whole completion, white space at its ends aside.
+        column: instead of a pattern, the column with one for each prompt: a form that the prompt asks for.
     """
 
     extent: ClassVar[Bounds] = (0.0, 1.0)
-    pattern: str
+    pattern: str | None = None
     whole: bool = False
+    column: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self._compiled
-
-    @cached_property
-    def _compiled(self) -> re.Pattern[str]:
-        try:
-            return re.compile(self.pattern, re.DOTALL)
-        except re.error as error:
+        if (self.pattern is None) == (self.column is None):
             raise InputError(
-                f"pattern is {self.pattern!r}, which is no regular expression ({error}); mend it"
-            ) from error
+                f"pattern is {self.pattern!r} and column is {self.column!r}; give one of them: the form that completions should have"
+            )
+        if self.pattern is not None:
+            _compiled(self.pattern)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.column is None else (self.column,)
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        if self.whole:
-            return [float(self._compiled.fullmatch(text.strip()) is not None) for text in texts]
-        return [float(self._compiled.search(text) is not None) for text in texts]
+        wanted = [self.pattern] * len(texts) if self.column is None else columns[self.column]
+        return [float(self._holds(_compiled(str(form)), text)) for form, text in zip(wanted, texts, strict=True)]
+
+    def _holds(self, form: re.Pattern[str], text: str) -> bool:
+        return (form.fullmatch(text.strip()) if self.whole else form.search(text)) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise InputError(f"pattern is {pattern!r}, which is no regular expression ({error}); mend it") from error
 
 
 @dataclass(frozen=True)

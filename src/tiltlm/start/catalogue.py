@@ -75,6 +75,16 @@ TRANSLATION = Start(
     longest_target=160,
     metrics=_translation,
 )
+VERSES = replace(
+    TRANSLATION,
+    name="translation-es",
+    what="the same from English into Spanish, on verses of the Bible",
+    data="bible-en-es",
+    schedule=replace(TRANSLATION.schedule, seconds=480.0, validate_every=500),  # 400 verses take seconds to judge
+    vocabulary=4000,  # whole words: no names of programs to copy piece by piece
+    longest_source=64,
+    longest_target=64,
+)
 CAPTIONS = Start(
     name="captions",
     what="a frozen EfficientNet-Lite0 and a decoder (GPT-2) that attends to its patches",
@@ -87,7 +97,14 @@ CAPTIONS = Start(
     longest_target=40,
     metrics=_captions,
 )
-STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, CAPTIONS)}
+STAMPS = replace(
+    CAPTIONS,
+    name="captions-stamps",
+    what="the same on photographs and drawings for children",
+    data="stamps",
+    schedule=replace(CAPTIONS.schedule, seconds=90.0),
+)
+STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, VERSES, CAPTIONS, STAMPS)}
 
 
 def find_start(name: str) -> Start:

@@ -1,4 +1,7 @@
-"""The five applications, each a recipe: `tiltlm task NAME` runs it as it stands, a copy of its file is the start of one's own."""
+"""The five applications and their variants, each a recipe: `tiltlm task NAME` runs it as it stands.
+
+A copy of its file is the start of one's own. A variant's name begins with its application's: `qa`, `qa-chat`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from tiltlm.errors import InputError
 
 def tasks() -> Mapping[str, Path]:
     """The recipes by name."""
-    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+    return {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"), key=lambda file: file.stem)}
+
+
+def applications() -> tuple[str, ...]:
+    """The names of the five, without variants."""
+    return tuple(name for name in tasks() if "-" not in name)
 
 
 def about(name: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from tiltlm.augmentation import BackTranslation, augment
 from tiltlm.augmentation.augment import AUGMENTATIONS, MARK, Augmentation, make_augmentation
+from tiltlm.data.spec import Progress
 from tiltlm.errors import InputError
 from tiltlm.workflow.files import write_text
 from tiltlm.workflow.inputs import LOADERS, read_completions, read_prompts
-from tiltlm.workflow.run import Progress
 
 WITH_RATE = ("delete", "swap", "replace")
 

@@ -93,6 +93,7 @@ def sweep(task: TaskRun, betas: Sequence[float], seeds: int = 1) -> Sweep:
     wrong = next((beta for beta in betas if not 0 < beta < float("inf")), None)
     if wrong is not None or not betas:
         raise InputError(f"betas has {wrong}; each is a temperature and must be positive, for example 0.05,0.2,1")
+    task.check()
     samples = max(PLAN_DRAWS, task.recipe.samples)
     found = plan(task.target(1.0), task.test_prompts, samples=samples, seed=task.recipe.seed)
     points = []

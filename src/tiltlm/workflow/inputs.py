@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tiltlm.data.preparation import prepare
 from tiltlm.data.reading import IMAGE, LOADERS, address, read, read_lines, table
+from tiltlm.data.spec import Progress
 from tiltlm.errors import InputError
 from tiltlm.evidence.composition import Formula, Linear
 from tiltlm.evidence.function import TextFunction
@@ -27,13 +29,18 @@ Load = Callable[[str, str], tuple[TextFunction, str]]
 
 
 def read_prompts(
-    source: str, column: str, columns: Mapping[str, str] | None = None, what: str = "prompts"
+    source: str,
+    column: str,
+    columns: Mapping[str, str] | None = None,
+    what: str = "prompts",
+    progress: Progress | None = None,
 ) -> Sequence[Any]:
     """Prompts by their source: the lines of a .txt, or the rows of a table with `column`; see `tiltlm.data.reading`.
 
     Args:
         columns: our name of a column → the source's.
         what: the setting that names the source, for messages.
+        progress: (what, how many) -> a bar, where a data set has to be prepared first.
 
     Raises:
         InputError: if the source is missing, empty, of an unknown kind, or has no such column.
@@ -44,6 +51,8 @@ def read_prompts(
         if not lines:
             raise InputError(f"{what} {source!r} has no rows; give at least one")
         return lines
+    if at.kind == "data":
+        prepare(at.place, progress=progress)
     rows = read(source, columns, need=(), what=what)
     if column not in rows.column_names and IMAGE not in rows.column_names:
         raise InputError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiltlm.data.spec import Progress
 from tiltlm.errors import InputError
 from tiltlm.evidence.running import Isolated
 from tiltlm.evidence.running.calls import told
@@ -21,7 +22,7 @@ from tiltlm.seeds import generator
 from tiltlm.workflow.files import write_text
 from tiltlm.workflow.inputs import LOADERS, load_function, read_prompts
 from tiltlm.workflow.recipe import Recipe
-from tiltlm.workflow.run import Progress, Run
+from tiltlm.workflow.run import Run
 
 PREFERENCES = "preferences.jsonl"
 """The decided questions of a session in TRL's columns, written anew after every sitting."""

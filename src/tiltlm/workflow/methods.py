@@ -14,7 +14,7 @@ from torch import Generator
 
 from tiltlm.diagnostics.certificate import certify
 from tiltlm.errors import InputError
-from tiltlm.evaluation import System, agreement, copied, lead, mbr_system
+from tiltlm.evaluation import System, agreement, copied, lead, mbr_system, voted
 from tiltlm.evaluation.systems import Completions
 from tiltlm.inference.catalogue import decoding_engines, make_trainer
 from tiltlm.inference.decoding.budget import within
@@ -115,7 +115,7 @@ class Bench:
     def most_probable(self, sampler: Any, seconds: float = 0.0) -> Outcome:
         """Greedy decoding: the one completion that takes the most probable token each time. Not a draw, so without a density."""
         began = time.perf_counter()
-        greedy = replace(self._reporting(sampler), law=replace(sampler.law, top_k=1))
+        greedy = replace(self._reporting(sampler, 1), law=replace(sampler.law, top_k=1))
         scored = self.target.score(greedy.draw(self.prompts, 1, Generator().manual_seed(self.seed)))
         texts = System.drawn(self.method, scored.draws).runs[0]
         reward = self.target.beta * float(scored.log_evidence.double().mean())
@@ -133,6 +133,13 @@ class Bench:
         chosen = mbr_system(System(self.method, (prior.texts,)), agreement(part)).runs[0]
         return Outcome(self.method, self.seed, chosen, seconds=prior.seconds + time.perf_counter() - began)
 
+    def voted(self, least: float) -> Outcome:
+        """The answer of most of the prior's draws, where it is that of at least this share of them; else silence."""
+        began = time.perf_counter()
+        prior = self.task.outcome("prior", self.seed)
+        chosen = voted(self.method, prior.texts, least).runs[0]
+        return Outcome(self.method, self.seed, chosen, seconds=prior.seconds + time.perf_counter() - began)
+
     def baseline(self, system: System) -> Outcome:
         """What needs no model: texts made from the sources."""
         return Outcome(self.method, self.seed, system.runs[0])
@@ -146,9 +153,11 @@ class Bench:
     def decoded(self, engine: str, proposal: Sampler | None = None, seconds: float = 0.0, count: int = 0) -> Outcome:
         """What a decoding engine returns: `count` completions resampled from its weights, by default as many as are judged."""
         began = time.perf_counter()
-        decoder = within(decoding_engines()[engine], max(self.of.recipe.group, self.task.draws))
-        rng = Generator().manual_seed(self.seed)
-        weighted: Weighted = decoder.sample(self.target, self.prompts, proposal=proposal, rng=rng)
+        draws = max(self.of.recipe.group, self.task.draws)
+        decoder, rng = within(decoding_engines()[engine], draws), Generator().manual_seed(self.seed)
+        target = replace(self.target, prior=self._reporting(self.of.prior, draws)) if proposal is None else self.target
+        proposal = None if proposal is None else self._reporting(proposal, draws)
+        weighted: Weighted = decoder.sample(target, self.prompts, proposal=proposal, rng=rng)
         reward = self.target.beta * expectation(weighted, weighted.scored.log_evidence.double())
         returned = System.resampled(
             self.method, count or self.task.draws, Generator().manual_seed(self.seed + 1), weighted
@@ -156,19 +165,31 @@ class Bench:
         seconds += time.perf_counter() - began
         return Outcome(self.method, self.seed, returned.runs[0], reward, seconds=seconds)
 
-    def trained(self, engine: str, source: Source) -> tuple[Any, float]:
-        """A policy trained by another engine than the recipe's, and how long it took. `methods` may change its other settings."""
+    def trained(self, engine: str, source: Source | None = None) -> tuple[Any, float]:
+        """A policy trained by another engine than the recipe's, and how long it took. `methods` may change its settings.
+
+        Args:
+            source: of the completions; by default draws of whatever the engine's claim asks for.
+        """
         began, mine = time.perf_counter(), for_method(self.of.recipe, self.method)
+        options = self.of.recipe.methods.get(self.method, {}).get("options", {})  # the recipe's own are its engine's
         policy = fit(
             self.target,
             source.scored.draws.prompts if isinstance(source, Given) else self.of.prompts,
-            make_trainer(engine, mine.group, mine.max_new_tokens, {}),
+            make_trainer(engine, mine.group, mine.max_new_tokens, options),
             source=source,
             lora=lora_of(mine),
             settings=training_of(mine),
             monitor=Monitor(console=self.task.console, what=f"{self.method}, seed {self.seed}"),
         )
         return policy, time.perf_counter() - began
+
+    def trained_and_judged(self, engine: str, source: Source | None = None) -> Outcome:
+        """Such a policy's draws; the policy itself is not kept."""
+        policy, seconds = self.trained(engine, source)
+        found = self.judged(policy, seconds)
+        policy.discard()
+        return found
 
     def demonstrations(self) -> Given:
         """The references of the training prompts."""
@@ -214,11 +235,12 @@ class Bench:
             write_json(facts, known)
         return self.of.sampler(None), float(known["training"])
 
-    def _reporting(self, sampler: Any) -> Any:
+    def _reporting(self, sampler: Any, draws: int | None = None) -> Any:
+        """The same with a bar, of the draws that are judged by default."""
         if self.task.progress is None:
             return sampler
-        bar = self.task.progress(f"{self.method}, seed {self.seed}", len(self.prompts) * self.task.draws)
-        return replace(sampler, progress=bar)
+        count = len(self.prompts) * (self.task.draws if draws is None else draws)
+        return replace(sampler, progress=self.task.progress(f"{self.method}, seed {self.seed}", count))
 
 
 def expectation(weighted: Weighted, values: Any) -> float:
@@ -233,10 +255,7 @@ def _prior(bench: Bench) -> Outcome:
 
 
 def _sft(bench: Bench) -> Outcome:
-    policy, seconds = bench.trained("sft", bench.demonstrations())
-    found = bench.judged(policy, seconds)
-    policy.discard()
-    return found
+    return bench.trained_and_judged("sft", bench.demonstrations())
 
 
 def _best_of_n(bench: Bench) -> Outcome:
@@ -253,10 +272,11 @@ def _policy(bench: Bench) -> Outcome:
 
 def _dpo(bench: Bench) -> Outcome:
     teacher = within(decoding_engines()["importance"], bench.of.recipe.samples)
-    policy, seconds = bench.trained("dpo", Decoded(teacher))
-    found = bench.judged(policy, seconds)
-    policy.discard()
-    return found
+    return bench.trained_and_judged("dpo", Decoded(teacher))
+
+
+def _minimum_risk(bench: Bench) -> Outcome:
+    return bench.trained_and_judged("minimum-risk")
 
 
 def _corrected(bench: Bench) -> Outcome:
@@ -289,12 +309,15 @@ by SMC."""
 
 BASELINES: Mapping[str, Callable[[Bench], Outcome]] = {
     "sft/policy": lambda bench: bench.judged(*bench.after_sft()),
+    "mrt": _minimum_risk,
     "prior/mbr": Bench.agreed,
     "copy": lambda bench: bench.baseline(copied(bench.sources)),
 }
-"""What a recipe may ask for besides, with `baselines`: its engine after SFT, and what needs no training; lead-N, the source's first
-N words, is another."""
+"""What a recipe may ask for besides, with `baselines`: its engine after SFT, minimum-risk training, and what needs no training. Two
+more have a number in their names: lead-N, the source's first N words; and vote-T, the answer of most of the prior's draws, or
+silence where fewer than the share T of them agree on it."""
 LEAD = re.compile(r"lead-([1-9]\d*)")
+VOTE = re.compile(r"vote-(0?\.\d+|1)")
 
 
 def method_of(name: str) -> Callable[[Bench], Outcome]:
@@ -306,7 +329,10 @@ def method_of(name: str) -> Callable[[Bench], Outcome]:
     if found := LEAD.fullmatch(name):
         words = int(found[1])
         return lambda bench: bench.baseline(lead(bench.sources, words))
+    if found := VOTE.fullmatch(name):
+        least = float(found[1])
+        return lambda bench: bench.voted(least)
     known = {**METHODS, **BASELINES}
     if name not in known:
-        raise InputError(f"method is {name!r}; choose {', '.join(known)} or lead-N")
+        raise InputError(f"method is {name!r}; choose {', '.join(known)}, lead-N or vote-T, such as vote-0.5")
     return known[name]

@@ -150,7 +150,9 @@ class Recipe(BaseModel):
         [],
         description="parts that completions of the test prompts are judged by, such as {part: chrf, column: reference}",
     )
-    baselines: list[str] = Field([], description="further rows of --table: prior/mbr, copy, lead-N")
+    baselines: list[str] = Field(
+        [], description="further rows of --table: sft/policy, mrt, prior/mbr, copy, lead-N, vote-T"
+    )
     methods: dict[str, dict[str, Any]] = Field(
         {}, description="keys that another method than the recipe's engine trains with, such as dpo: {lr: 3e-5}"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Generator
 
+from tiltlm.data.spec import Progress
 from tiltlm.diagnostics.certificate import Certificate, certify, exact_samples
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
@@ -39,6 +40,7 @@ from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, 
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
 from tiltlm.workflow.recipe import Recipe, with_versions
+from tiltlm.workflow.references import parts_of, require_references
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import side_by_side, signs_of_hacking
 from tiltlm.workflow.sampling import edited, resampled, twisted
@@ -47,9 +49,6 @@ from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
 from tiltlm.workflow.training import lora_of, training_of
 from tiltlm.workflow.uncertainty import check_uncertainty, uncertain_evidence
-
-Progress = Callable[[str, int], Callable[[int], None]]
-"""(what, how many) -> a function that is told how many more are done."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +83,8 @@ class Run:
     def rows(self) -> Sequence[Any]:
         """The prompts' rows, with the prompt that the recipe's template makes."""
         r = self.recipe
-        return (
-            [] if r.prompts is None else templated(read_prompts(r.prompts, r.column, r.columns), r.template, r.column)
-        )
+        read = [] if r.prompts is None else read_prompts(r.prompts, r.column, r.columns, progress=self.progress)
+        return templated(read, r.template, r.column)
 
     @cached_property
     def given(self) -> Scored:
@@ -127,6 +125,7 @@ class Run:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
         r = self.recipe
         _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        require_references(parts_of(r), self.rows, str(r.prompts))
         if r.uncertainty is not None:
             check_uncertainty(r, self._reward and self._reward[0])
         if r.gold is not None:

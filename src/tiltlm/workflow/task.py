@@ -18,16 +18,27 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tiltlm.data.spec import Progress
 from tiltlm.errors import InputError
-from tiltlm.evaluation import DistinctN, PassAtK, System, TaskTable, evaluate_systems
+from tiltlm.evaluation import (
+    DistinctN,
+    PassAtK,
+    RiskCoverage,
+    System,
+    TaskTable,
+    evaluate_systems,
+    risk_coverage,
+    vote,
+)
 from tiltlm.records import Prompts
-from tiltlm.rewards import Length
+from tiltlm.rewards import Length, SelectiveAccuracy
 from tiltlm.target import Target
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.methods import Bench, Outcome, method_of
 from tiltlm.workflow.recipe import Recipe, for_method
-from tiltlm.workflow.run import Progress, Run
+from tiltlm.workflow.references import parts_of, require_references
+from tiltlm.workflow.run import Run
 from tiltlm.workflow.templates import templated
 
 
@@ -68,7 +79,8 @@ class TaskRun:
             raise InputError(
                 "test is missing; write the held-out prompts with their references into the recipe, 'test: FILE'"
             )
-        return [dict(row) for row in templated(read_prompts(r.test, r.column, r.columns), r.template, r.column)]
+        read = read_prompts(r.test, r.column, r.columns, what="test", progress=self.progress)
+        return [dict(row) for row in templated(read, r.template, r.column)]
 
     @cached_property
     def test_prompts(self) -> Prompts:
@@ -96,6 +108,17 @@ class TaskRun:
         return PassAtK(
             int(settings.get("k", self.draws)), reward_of([dict(settings["of"])], self._first.lm, what="metrics")[0]
         )
+
+    def check(self) -> None:
+        """All that can be wrong with recipe and data, before hours of training.
+
+        Raises:
+            InputError: naming it.
+        """
+        self._first.check()
+        judges = [part.judge if isinstance(part, PassAtK) else part for part in self.metrics]
+        require_references([*parts_of(self.recipe), *judges], self.test_rows, str(self.recipe.test))
+        _ = self.test_prompts, self._first.prompts
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
@@ -185,9 +208,10 @@ def task_table(
     compared = methods[0] if baseline is None else baseline
     if compared not in methods:
         raise InputError(f"baseline is {compared!r}; choose one of the methods, {', '.join(methods)}")
-    for method in methods:  # a typing error shows before hours of training
+    for method in methods:
         method_of(method)
         for_method(task.recipe, method)
+    task.check()
     outcomes = [task.outcome(method, task.recipe.seed + seed) for seed in range(seeds) for method in methods]
     by_method = {method: [found for found in outcomes if found.method == method] for method in methods}
     systems = [
@@ -199,8 +223,27 @@ def task_table(
         )
         for method, some in by_method.items()
     ]
-    prompts = task.test_prompts
-    return evaluate_systems(task.name, prompts, systems, task.metrics, baseline=compared), outcomes
+    bar = None if task.progress is None else task.progress("judging", len(systems) * len(task.metrics))
+    table = evaluate_systems(task.name, task.test_prompts, systems, task.metrics, baseline=compared, progress=bar)
+    return table, outcomes
+
+
+def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage]:
+    """For each method with several draws a prompt, the risk of answering with their vote, against how often one does.
+
+    All seeds together. None where no metric of the recipe's is about answers that may be withheld.
+    """
+    judge = next((metric for metric in task.metrics if isinstance(metric, SelectiveAccuracy)), None)
+    if judge is None:
+        return []
+    columns: dict[str, Sequence[Any]] = {name: task.test_prompts.columns[name] for name in judge.reads}
+    votes: dict[str, list[tuple[float, bool]]] = {}
+    for found in outcomes:
+        if all(len(texts) > 1 for texts in found.texts):
+            chosen = [vote(texts, judge.phrases) for texts in found.texts]
+            right = judge.right([one.answer for one in chosen], columns)
+            votes.setdefault(found.method, []).extend(zip([one.share for one in chosen], right, strict=True))
+    return [risk_coverage(method, *zip(*pairs, strict=True)) for method, pairs in votes.items()]
 
 
 def certificates(outcomes: Sequence[Outcome], beta: float) -> Table:
