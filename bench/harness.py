@@ -114,7 +114,7 @@ def _case(case: Case, options: argparse.Namespace, device: str, summarise: Calla
                 missing[side.name] = str(error)
                 print(f"{case.name}, round {number + 1}: {side.name} FAILED: {error}", file=sys.stderr)
         rounds.append(done)
-    _require_same_work(case.name, rounds)
+    require_same_work(case.name, rounds)
     return {
         "about": {"model": " ".join(case.model), "flags": " ".join(case.flags), **case.about},
         "summary": summary(rounds, summarise),
@@ -156,7 +156,7 @@ def _kept_or_run(side: Side, flags: tuple[str, ...], kept: Path, options: argpar
     return run
 
 
-def _require_same_work(name: str, rounds: Sequence[Mapping[str, Run]]) -> None:
+def require_same_work(name: str, rounds: Sequence[Mapping[str, Run]]) -> None:
     """Both sides made the same tokens, or the figures mean nothing.
 
     Raises:
