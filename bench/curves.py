@@ -16,7 +16,7 @@ from typing import Any
 
 from fits import exponent, last_exponent
 from harness import OURS, Case, Run, Side, compare, driver_parser, pooled
-from tables import Table, console, seconds
+from tables import Table, console, digits
 
 NAME = "curves"
 SIDES = (Side(OURS, "step_tiltlm.py"),)
@@ -86,7 +86,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     rows, exponents = [], []
     for axis, curve in found.items():
         for place, size in enumerate(curve["size"]):
-            costs = [seconds(curve[name][place]) for name in PHASES[:-1]]
+            costs = [digits(curve[name][place]) for name in PHASES[:-1]]
             rows.append([f"{axis} {size:,}", *costs, f"{curve['bytes'][place] / 1e6:.0f}"])
         if len(curve["size"]) > 1:
             exponents.append([axis, *(_exponents(curve["size"], curve[name]) for name in PHASES)])

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from harness import OURS, Case, Run, Side, compare, driver_parser, peaks
-from tables import Table, by_side, console, ratio, seconds
+from tables import Table, by_side, console, digits, ratio
 
 NAME = "generation"
 SIDES = (
@@ -54,7 +54,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found = result["cases"][NAME]
     counts = found["about"]["sequences"]
     rows = {f"tokens a second, {n} sequences": lambda s, n=n: f"{s[f'rate, {n}']:.0f}" for n in counts}
-    rows["warm-up, not counted, seconds"] = lambda s: seconds(s["warm-up seconds"])
+    rows["warm-up, not counted, seconds"] = lambda s: digits(s["warm-up seconds"])
     ratios = {f"time over ours, {n} sequences": ratio(f"seconds, {n}") for n in counts}
     ratios["peak memory over ours"] = ratio("peak_memory_bytes")
     title = f"Generation, {found['about']['model']}, {result['dtype']}: 4 prompts, {found['about']['tokens']} tokens a sequence"

@@ -1,5 +1,7 @@
 """Another side of the generation benchmark: vLLM, in process. It gives no log-probabilities here: they would cost it more."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from common import answer, clock, generation_parser, prompts, quiet_stdout
@@ -44,19 +46,20 @@ def make(engine: LLM, texts: list[str], each: int, tokens: int) -> int:
 
 
 def peak_of_family() -> int:
-    """Most resident memory of this process and of the engine's, which vLLM runs beside it."""
-    import os
-    from pathlib import Path
-
-    total = 0
+    """Most resident memory of this process and of all that come from it: vLLM runs its engine beside it."""
+    parents: dict[int, int] = {}
+    peaks: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         except OSError:
             continue  # it has just ended
-        if os.getpid() in (int(fields["Pid"]), int(fields["PPid"])) and "VmHWM" in fields:
-            total += int(fields["VmHWM"].split()[0]) * 1024
-    return total
+        parents[int(fields["Pid"])] = int(fields["PPid"])
+        peaks[int(fields["Pid"])] = int(fields.get("VmHWM", "0").split()[0]) * 1024
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(peaks[pid] for pid in family)
 
 
 if __name__ == "__main__":

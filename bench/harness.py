@@ -27,6 +27,9 @@ MODELS = HERE / ".models"
 WORK = HERE / ".work"
 OURS = "TiltLM"
 
+LONGEST = 1800
+"""Seconds after which a side is given up."""
+
 Run = dict[str, Any]
 
 
@@ -69,6 +72,7 @@ def driver_parser(description: str | None, name: str) -> argparse.ArgumentParser
     parser.add_argument("--rounds", type=int, help="runs of each side; each case has its own default")
     parser.add_argument("--device", default="auto", help="auto takes the GPU if there is one; cpu, cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice, where a case has none")
     parser.add_argument("--sides", nargs="+", help="only sides with these names, such as TiltLM")
     parser.add_argument("--quick", action="store_true", help="a tiny model and the smallest sizes: does it run at all")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="where the figures go")
@@ -106,7 +110,8 @@ def _case(case: Case, options: argparse.Namespace, device: str, summarise: Calla
         done: dict[str, Run] = {}
         for side in order:
             try:
-                flags = ("--device", device, "--dtype", options.dtype, *case.flags, *side.flags)
+                common = ("--device", device, "--dtype", options.dtype, "--threads", str(options.threads))
+                flags = (*common, *case.flags, *side.flags)  # what comes later holds
                 kept = options.work / case.name / f"{number + 1}-{side.name.replace(' ', '-')}.json"
                 done[side.name] = _kept_or_run(side, (str(model), *flags), kept, options)
                 print(f"{case.name}, round {number + 1}: {side.name} done", file=sys.stderr)
@@ -116,7 +121,7 @@ def _case(case: Case, options: argparse.Namespace, device: str, summarise: Calla
         rounds.append(done)
     require_same_work(case.name, rounds)
     return {
-        "about": {"model": " ".join(case.model), "flags": " ".join(case.flags), **case.about},
+        "about": {"model": model_name(case.model), "flags": " ".join(case.flags), **case.about},
         "summary": summary(rounds, summarise),
         "missing": missing,
         "rounds": rounds,
@@ -137,23 +142,32 @@ def _kept_or_run(side: Side, flags: tuple[str, ...], kept: Path, options: argpar
         python, path = getattr(options, f"{side.peer}_python") or PEERS[side.peer].python(), ""
     began = time.time()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    done = subprocess.run(
-        [python, HERE / side.script, *flags],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [python, HERE / side.script, *flags],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"it took more than {LONGEST} seconds") from error
     if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.with_suffix(".failed.txt").write_text(done.stderr)
-        raise Failed(f"{lines[-1][:300]} (exit code {done.returncode}; {kept.with_suffix('.failed.txt').name})")
+        kept.with_suffix(".failed.txt").write_text(done.stdout + done.stderr)
+        raise Failed(f"{reason(done.stderr)} (exit code {done.returncode})")
     run = {"flags": list(flags), "load_before": load, "wall_seconds": time.time() - began}
     run |= json.loads(done.stdout.strip().splitlines()[-1])
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(run))
     return run
+
+
+def reason(said: str) -> str:
+    """The last line that names an error, or the last one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]
 
 
 def require_same_work(name: str, rounds: Sequence[Mapping[str, Run]]) -> None:
@@ -198,6 +212,14 @@ def peaks(runs: Sequence[Run]) -> dict[str, float]:
     """Most memory of any run: resident, and of the accelerator where there is one."""
     names = ("peak_memory_bytes", "peak_device_memory_bytes")
     return {name: max(run[name] for run in runs) for name in names if all(run.get(name) for run in runs)}
+
+
+def model_name(kind: Sequence[str]) -> str:
+    """A model of `models.py` in words."""
+    if kind[0] == "smollm2":
+        return "SmolLM2-135M"
+    sizes = [f"{name.removeprefix('--')} {value}" for name, value in zip(kind[1::2], kind[2::2], strict=True)]
+    return f"a Llama of {', '.join(sizes)}"
 
 
 def model_folder(kind: Sequence[str]) -> Path:

@@ -22,8 +22,8 @@ PARTS = {
     "curves": "How cost grows",
 }
 ABSENT = (
-    "disco (DPG) is not compared: disco-generation's last version, 1.1.1, asks for Python below 3.11, and TiltLM for 3.11 or newer; there "
-    "is no Python on which both install."
+    "disco (DPG) is not compared: disco-generation's last version, 1.1.1, asks for Python below 3.11, and TiltLM for 3.11 or newer; "
+    "it would need a Python of its own, not only an environment."
 )
 
 

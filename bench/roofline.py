@@ -15,8 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, hardware, model_folder
-from tables import Table, console, seconds
+from common import set_threads
+from harness import RESULTS, hardware, model_folder, model_name
+from tables import Table, console, digits
 
 NAME = "roofline"
 SCORING = ("prior scoring", "forward", "backward")
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto takes the GPU if there is one; cpu, cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json")
     options = parser.parse_args()
+    set_threads(options)
     result = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -43,6 +46,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The machine's rates, and seconds and counts of each phase."""
+    import torch
     from roofline_counts import Size, phases
     from roofline_machine import measure as measure_machine
     from roofline_phases import Phases
@@ -65,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": machine_facts["device"],
         "hardware": machine_facts,
         "dtype": options.dtype,
-        "about": {"model": " ".join(kind), **vars(size)},
+        "about": {"model": model_name(kind), "threads": torch.get_num_threads(), **vars(size)},
         "bandwidth": {"best": machine.bandwidth, **machine.copies},
         "best_rate": {dtype: machine.best(dtype) for dtype in machine.rates},
         "rates": {
@@ -129,18 +133,18 @@ def _over(phase: dict[str, float]) -> dict[str, Any]:
 
 
 def _row(name: str, phase: dict[str, Any], whole: float) -> list[str]:
-    cells = [name, seconds(phase["seconds"]), f"{phase['seconds'] / whole:.0%}"]
+    cells = [name, digits(phase["seconds"]), f"{phase['seconds'] / whole:.0%}"]
     if "operations" not in phase:
         return [*cells, "–", "–", "–", "–", "–", "–"]
     shapes = f"{phase['at_these_shapes']:.0%}" if "at_these_shapes" in phase else ""
-    work = [f"{phase['operations'] / 1e9:.0f}", f"{phase['bytes'] / 1e6:.0f}", seconds(phase["possible_seconds"])]
+    work = [digits(phase["operations"] / 1e9), digits(phase["bytes"] / 1e6), digits(phase["possible_seconds"])]
     return [*cells, *work, phase["limit"], f"{phase['achieved']:.0%}", shapes]
 
 
 def _machine(result: dict[str, Any]) -> Table:
     dtypes = list(result["rates"])
     shapes = list(result["rates"][dtypes[0]])
-    rows = [[shape, *(f"{result['rates'][dtype][shape] / 1e9:.0f}" for dtype in dtypes)] for shape in shapes]
+    rows = [[shape, *(digits(result["rates"][dtype][shape] / 1e9) for dtype in dtypes)] for shape in shapes]
     copies = ", ".join(
         f"{name} {value / 1e9:.1f} GB/s" for name, value in result["bandwidth"].items() if name != "best"
     )

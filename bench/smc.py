@@ -11,7 +11,7 @@ from typing import Any
 
 from fits import exponent
 from harness import OURS, Case, Run, Side, compare, driver_parser, peaks
-from tables import Table, by_side, console, ratio, seconds
+from tables import Table, by_side, console, digits, ratio
 
 NAME = "smc"
 SIDES = (Side(OURS, "smc_tiltlm.py"), Side("genlm-control", "smc_genlm.py", "genlm"))
@@ -50,7 +50,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     counts = found["about"]["particles"]
     rows = {f"tokens a second, {n} particles": lambda s, n=n: f"{s[f'rate, {n}']:.1f}" for n in counts}
     rows["exponent of the time over particles"] = lambda s: f"{s['exponent']:.2f}"
-    rows["warm-up, not counted, seconds"] = lambda s: seconds(s["warm-up seconds"])
+    rows["warm-up, not counted, seconds"] = lambda s: digits(s["warm-up seconds"])
     ratios = {f"time over ours, {n} particles": ratio(f"seconds, {n}") for n in counts}
     ratios["peak memory over ours"] = ratio("peak_memory_bytes")
     title = f"SMC, {found['about']['model']}, {result['dtype']}: {found['about']['tokens']} tokens a particle"

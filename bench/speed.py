@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="runs of each side; each case has its own default")
     parser.add_argument("--device", default="auto", help="auto takes the GPU if there is one; cpu, cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=0, help="0 leaves torch's own choice")
     parser.add_argument("--quick", action="store_true", help="tiny models and the smallest sizes: does it run at all")
     parser.add_argument("--sides", nargs="+", help="only sides with these names, such as TiltLM")
     for peer in PEERS:
@@ -60,7 +61,7 @@ def done(name: str, options: argparse.Namespace) -> bool:
 
 def flags(name: str, options: argparse.Namespace) -> list[str]:
     """What a part is told."""
-    words = ["--device", options.device, "--dtype", options.dtype]
+    words = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
     words += ["--quick", "--out", str(WORK / f"{name}-quick.json")] if options.quick else []
     if name in ALONE:
         return words

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from harness import OURS, Case, Run, Side, compare, driver_parser, peaks, pooled
-from tables import Table, by_side, console, ratio, seconds
+from tables import Table, by_side, console, digits, ratio
 
 NAME = "step"
 SIDES = (Side(OURS, "step_tiltlm.py"), Side("TRL", "step_trl.py", "trl"))
@@ -93,11 +93,11 @@ def _table(name: str, found: dict[str, Any], result: dict[str, Any]) -> Table:
         what = "RLOO, a model of 100,000 parameters, all weights, float32, one thread"
     title = f"{what}: {prompts} prompts × {group} × {tokens} tokens"
     rows = {
-        "seconds a step, median": lambda s: seconds(s["seconds a step"]),
-        "fastest to slowest step": lambda s: f"{seconds(s['fastest step'])}–{seconds(s['slowest step'])}",
-        "of it drawing, judging, scoring": lambda s: seconds(s["seconds, draw and score"]),
-        "of it the update": lambda s: seconds(s["seconds, update"]),
-        "warm-up step, not counted": lambda s: seconds(s["warm-up seconds"]),
+        "seconds a step, median": lambda s: digits(s["seconds a step"]),
+        "fastest to slowest step": lambda s: f"{digits(s['fastest step'])}–{digits(s['slowest step'])}",
+        "of it drawing, judging, scoring": lambda s: digits(s["seconds, draw and score"]),
+        "of it the update": lambda s: digits(s["seconds, update"]),
+        "warm-up step, not counted": lambda s: digits(s["warm-up seconds"]),
         "tokens a second": lambda s: f"{s['tokens a second']:.0f}",
     }
     ratios = {"time of a step over ours": ratio("seconds a step"), "peak memory over ours": ratio("peak_memory_bytes")}

@@ -105,7 +105,7 @@ def ratio(name: str) -> Cell:
     return cell
 
 
-def seconds(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, whatever the size."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
 
