@@ -33,7 +33,7 @@ def main() -> None:
         model, counts, tokens = TINY, [8], 4
     flags = ("--sequences", *map(str, counts), "--tokens", str(tokens))
     about = {"sequences": counts, "tokens": tokens}
-    console(tables(compare(options, [Case(NAME, model, SIDES, flags, 2, about)], summarise(counts))))
+    console(tables(compare(options, [Case(NAME, model, SIDES, flags, 1, about)], summarise(counts))))
 
 
 def summarise(counts: Sequence[int]) -> Callable[[list[Run]], Run]:

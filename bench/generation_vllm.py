@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # left to itself it keeps a core free, half of two
+
 from common import answer, clock, generation_parser, prompts, quiet_stdout
 from vllm import LLM, SamplingParams
 

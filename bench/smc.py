@@ -6,7 +6,7 @@ python bench/smc.py --rounds 2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from fits import exponent
@@ -28,7 +28,7 @@ def main() -> None:
         model, counts, tokens = TINY, [4, 8], 4
     flags = ("--particles", *map(str, counts), "--tokens", str(tokens))
     about = {"particles": counts, "tokens": tokens}
-    console(tables(compare(options, [Case(NAME, model, SIDES, flags, 2, about)], summarise(counts))))
+    console(tables(compare(options, [Case(NAME, model, SIDES, flags, 1, about)], summarise(counts))))
 
 
 def summarise(counts: Sequence[int]) -> Callable[[list[Run]], Run]:
@@ -39,6 +39,7 @@ def summarise(counts: Sequence[int]) -> Callable[[list[Run]], Run]:
         out = {"warm-up seconds": median(run["warmup_seconds"][0] for run in runs)}
         for count, value, tokens in zip(counts, took, runs[0]["tokens"], strict=True):
             out |= {f"seconds, {count}": value, f"rate, {count}": tokens / value}
+        out["log Z"] = mean(run["log_z"][-1] for run in runs)
         return out | {"exponent": exponent(counts, took)} | peaks(runs)
 
     return figures
@@ -49,6 +50,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     found = result["cases"][NAME]
     counts = found["about"]["particles"]
     rows = {f"tokens a second, {n} particles": lambda s, n=n: f"{s[f'rate, {n}']:.1f}" for n in counts}
+    rows[f"log Z, {counts[-1]} particles"] = lambda s: f"{s['log Z']:.2f}"
     rows["exponent of the time over particles"] = lambda s: f"{s['exponent']:.2f}"
     rows["warm-up, not counted, seconds"] = lambda s: digits(s["warm-up seconds"])
     ratios = {f"time over ours, {n} particles": ratio(f"seconds, {n}") for n in counts}

@@ -1,7 +1,6 @@
 """The other side of the SMC benchmark: genlm-control on its transformers backend, the same reward of the unfinished text as its critic.
 
-A sequence of genlm's that reaches `max_tokens` gets an end token as its last, whose weight needs the model as well; so a particle
-takes the model as often as one of ours does, and its tokens are counted with that end.
+A sequence that has all of its tokens is closed without a weight (`terminate_when`), as ours is cut: both estimate the same Z.
 """
 
 import asyncio
@@ -73,7 +72,7 @@ async def _measure(arguments: Any) -> dict[str, Any]:
         began = clock(arguments.device)
         sequences = await _run(count, llm, critic, arguments.tokens)
         facts["seconds"].append(clock(arguments.device) - began)
-        facts["tokens"].append(sum(len(context) for context in sequences.contexts))
+        facts["tokens"].append(sum(len(context) - 1 for context in sequences.contexts))  # genlm's end mark is no token
         facts["log_z"].append(float(sequences.log_ml))
     return facts
 
@@ -84,7 +83,14 @@ async def _run(particles: int, llm: PromptedLLM, critic: RewardOfText, tokens: i
     llm.model.cache_kv(llm.prompt_ids)
     llm.model.batch_size = particles  # a batch runs as soon as every particle has asked
     sampler = direct_token_sampler(llm)
-    return await sampler.smc(particles, 0.5, tokens, critic=critic, resampling_method="systematic")
+    return await sampler.smc(
+        particles,
+        0.5,
+        tokens + 1,
+        critic=critic,
+        resampling_method="systematic",
+        terminate_when=lambda context: len(context) >= tokens,
+    )
 
 
 if __name__ == "__main__":

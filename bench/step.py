@@ -49,7 +49,7 @@ def tiny(steps: int, rounds: int) -> Case:
 CASES = (
     case("rloo", 4, 8, 32, steps=2, rounds=2),
     case("rloo", 4, 32, 64, steps=1, rounds=1),
-    case("grpo", 4, 8, 32, steps=2, rounds=1),
+    case("grpo", 4, 8, 32, steps=1, rounds=1),
     tiny(steps=30, rounds=3),
 )
 
