@@ -22,8 +22,10 @@ LINES = {
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Write the picture as PNG, where there is a browser to photograph it."""
-    photograph(figure(result), file)
+    """Write the picture as a page, and beside it as PNG where there is a browser to photograph it."""
+    drawn = figure(result)
+    drawn.write_html(file, include_plotlyjs="cdn")
+    photograph(drawn, file.with_suffix(".png"))
 
 
 def figure(result: dict[str, Any]) -> go.Figure:

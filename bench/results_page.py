@@ -35,16 +35,17 @@ def main() -> None:
     found = {
         name: json.loads(file.read_text()) for name in PARTS if (file := options.results / f"{name}.json").is_file()
     }
-    options.out.write_text(page(found))
-    print(f"wrote {options.out}")
     if "curves" in found:
         from curves_picture import draw
 
-        draw(found["curves"], options.out.with_name("curves.png"))
+        draw(found["curves"], options.results / "curves.html")
+    options.out.write_text(page(found, options.results))
+    print(f"wrote {options.out}")
 
 
-def page(found: dict[str, dict[str, Any]]) -> str:
+def page(found: dict[str, dict[str, Any]], results: Path) -> str:
     """The whole page."""
+    picture = "![Seconds and bytes of a step over its size](results/curves.png)\n"
     parts = [
         "# Results of the speed benchmarks",
         "",
@@ -55,7 +56,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         parts += [f"## {PARTS[name]}", "", machine(result), ""]
         parts += [table.markdown() for table in tables_of(name, result)]
         if name == "curves":
-            parts += ["![Seconds and bytes of a step over its size](curves.png)", ""]
+            parts += [picture] if (results / "curves.png").is_file() else []
+            parts += ["[The same as a picture to point at](results/curves.html)", ""]
     versions = versions_of(found)
     parts += ["## Versions", "", *(f"- {side}: {text}" for side, text in versions.items()), "", ABSENT, ""]
     return "\n".join(parts)

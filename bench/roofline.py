@@ -116,6 +116,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     rows.append(_row("scoring, forward and backward", sum_of | _over(sum_of), whole))
     passed = {key: value - together[0][key] for key, value in sum_of.items()}
     rows.append(_row("forward and backward", passed | _over(passed), whole))
+    possible = sum(phase.get("possible_seconds", 0.0) for phase in found.values())
+    rows.append(["all phases", digits(whole), "100%", "", "", digits(possible), "", f"{possible / whole:.0%}", ""])
     dtype, rank = result["dtype"], about["rank"]
     size = f"{about['prompts']} prompts × {about['group']} × {about['tokens']} tokens"
     title = f"Roofline of a step, {about['model']}, {dtype}, {f'LoRA r {rank}' if rank else 'all weights'}: {size}"
@@ -123,7 +125,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     notes = [
         "Possible: the larger of operations over the best rate and bytes over the bandwidth. The gradient of the output layer is "
         "counted in the backward pass; TiltLM forms it in the forward one, so that their sum is what to look at.",
-        "The sum of the phases is not a step's time: each is measured by itself, once it is warm.",
+        "The sum of the phases is not quite a step's time: each is measured by itself, once it is warm.",
+        "Of these shapes' rate: the time of the products at the rates below, which for few rows are lower, over the time taken; the "
+        "backward pass's transposed products are taken to have the rates of the forward one's.",
     ]
     return [Table(title, heads, rows, notes), _machine(result)]
 

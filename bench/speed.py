@@ -11,7 +11,6 @@ python bench/speed.py --only step generation --trl-python PATH/bin/python
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +40,18 @@ def main() -> None:
         subprocess.run([sys.executable, HERE / "results_page.py"], check=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; the same command goes on from here")
-    shutil.rmtree(WORK, ignore_errors=True)
+    for file in [*folder(options).rglob("*.json"), *folder(options).rglob("*.done")]:
+        file.unlink()  # what is left says why a side failed
+
+
+def folder(options: argparse.Namespace) -> Path:
+    """Where runs are kept until all of them are done."""
+    return WORK / "quick" if options.quick else WORK
 
 
 def done(name: str, options: argparse.Namespace) -> bool:
     """Run one part, unless it is done; whether it succeeded."""
-    mark = WORK / f"{name}.done"
+    mark = folder(options) / f"{name}.done"
     command = [name, *flags(name, options)]
     if mark.is_file() and mark.read_text() == repr(command):
         print(f"{name} is done already", file=sys.stderr)
@@ -62,9 +67,10 @@ def done(name: str, options: argparse.Namespace) -> bool:
 def flags(name: str, options: argparse.Namespace) -> list[str]:
     """What a part is told."""
     words = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
-    words += ["--quick", "--out", str(WORK / f"{name}-quick.json")] if options.quick else []
+    words += ["--quick", "--out", str(folder(options) / f"{name}.json")] if options.quick else []
     if name in ALONE:
         return words
+    words += ["--work", str(folder(options) / name)]
     words += ["--rounds", str(options.rounds)] if options.rounds else []
     words += ["--sides", *options.sides] if options.sides else []
     for peer in PEERS:
