@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from harness import OURS, Case, Run, Side, compare, driver_parser, peaks, pooled
-from tables import Table, by_side, console, digits, ratio
+from tables import Table, by_side, console, digits, gigabytes, ratio
 
 NAME = "step"
 SIDES = (Side(OURS, "step_tiltlm.py"), Side("TRL", "step_trl.py", "trl"))
@@ -46,6 +46,7 @@ def tiny(steps: int, rounds: int) -> Case:
     return Case("tiny-4x8x8", TINY, SIDES, flags, rounds)
 
 
+SMALL, LARGE = "rloo-4x8x32", "rloo-4x32x64"
 CASES = (
     case("rloo", 4, 8, 32, steps=2, rounds=2),
     case("rloo", 4, 32, 64, steps=1, rounds=1),
@@ -81,8 +82,20 @@ def summarise(runs: list[Run]) -> dict[str, float]:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """A table a case."""
-    return [_table(name, found, result) for name, found in result["cases"].items()]
+    """A table a case, and how memory grows from the small step to the large one."""
+    cases = result["cases"]
+    found = [_table(name, case, result) for name, case in cases.items()]
+    return [*found, _growth(cases)] if SMALL in cases and LARGE in cases else found
+
+
+def _growth(cases: dict[str, Any]) -> Table:
+    small, large = (cases[name]["summary"]["sides"] for name in (SMALL, LARGE))
+    rows = []
+    for side in small:
+        if side in large:
+            ratio = large[side]["peak_memory_bytes"] / small[side]["peak_memory_bytes"]
+            rows.append([side, gigabytes(small[side]), gigabytes(large[side]), f"{ratio - 1:+.0%}"])
+    return Table("Peak memory, GB, with eight times the tokens", ["", SMALL, LARGE, "growth"], rows)
 
 
 def _table(name: str, found: dict[str, Any], result: dict[str, Any]) -> Table:
