@@ -7,6 +7,7 @@ the ratio within a round. This process imports no torch, so that its own memory 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -223,8 +224,9 @@ def model_name(kind: Sequence[str]) -> str:
 
 
 def model_folder(kind: Sequence[str]) -> Path:
-    """A model of `models.py`, made if it is not there."""
-    folder = MODELS / "-".join(word.removeprefix("--") for word in kind)
+    """A model of `models.py` as that file stands, made if it is not there."""
+    edition = hashlib.sha256((HERE / "models.py").read_bytes()).hexdigest()[:8]
+    folder = MODELS / "-".join([*(word.removeprefix("--") for word in kind), edition])
     if not folder.is_dir():
         path = str(HERE.parent / "src")
         command = [sys.executable, str(HERE / "models.py"), kind[0], str(folder), *kind[1:]]
