@@ -44,7 +44,7 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
-	$(BIN)/python bench/rloo_step.py
+	$(BIN)/python bench/speed.py
 
 clean:
 	rm -rf .venv runs site .pytest_cache .ruff_cache

@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from environments import PEERS
+from harness import hardware
 from race_task import BETA
 from rich.console import Console
 from rich.table import Table
-from rloo_step import hardware, trl_environment
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "race.json"
@@ -101,7 +102,7 @@ class _Race:
         self.work, self.prior, self.options = work, work / "prior", options
         self.idle: list[subprocess.Popen[str]] = []
         self.trl = options.trl_python or (
-            trl_environment() if any(RUNNERS[name].theirs for name in options.runners) else None
+            PEERS["trl"].python() if any(RUNNERS[name].theirs for name in options.runners) else None
         )
 
     def run(self, target: str) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def _call(command: Sequence[Any]) -> dict[str, Any]:
 
 
 def _write(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    task = {"samples": options.samples, "rates": options.rates, "seeds": options.seeds, "hardware": hardware()}
+    task = {"samples": options.samples, "rates": options.rates, "seeds": options.seeds, "hardware": hardware("cpu")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"task": task, "targets": found}, indent=1) + "\n")
 

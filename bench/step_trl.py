@@ -1,67 +1,82 @@
-"""The other side of the step benchmark: TRL's RLOOTrainer, used as its documentation says.
+"""The other side of the step benchmark: TRL's RLOOTrainer and GRPOTrainer, used as their documentation says.
 
-Prints one JSON object on stdout. The time of a step is the wall time from one `on_step_end` to the next, so that
-generation, which TRL does while it prepares a step's inputs, is inside.
+The time of a step is the wall time from one `on_step_end` to the next, so that generation, which TRL does while it prepares a
+step's inputs, is inside.
 """
 
-import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import redirect_stdout
+from itertools import pairwise
 from typing import Any
 
 import torch
-from common import ALPHA, BETA, LR, RANK, counted_reward, prompts, report, side_arguments
+from common import (
+    BETA,
+    LR,
+    CountedReward,
+    alpha,
+    answer,
+    clock,
+    prompts,
+    quiet_stdout,
+    resident_memory,
+    reward_of,
+    set_threads,
+    step_facts,
+    step_parser,
+)
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
-from trl import RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+ENGINES = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
 
 
 class Stopwatch(TrainerCallback):
     """Notes when each step ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.marks: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(clock(self.device))
 
 
-def clock(trainer: RLOOTrainer, methods: list[str]) -> dict[str, list[float]]:
-    """Time each call of some of the trainer's methods, for the phases; the steps' times do not depend on it."""
-    times: dict[str, list[float]] = defaultdict(list)
+def timed(trainer: Any, name: str, device: str) -> list[float]:
+    """Time each call of one of the trainer's methods, for the phases; the steps' times do not depend on it."""
+    times: list[float] = []
+    method = getattr(trainer, name)
 
-    def timed(name: str) -> Any:
-        method = getattr(trainer, name)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = clock(device)
+        out = method(*args, **kwargs)
+        times.append(clock(device) - began)
+        return out
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            out = method(*args, **kwargs)
-            times[name].append(time.perf_counter() - began)
-            return out
-
-        return call
-
-    for name in methods:
-        setattr(trainer, name, timed(name))
+    setattr(trainer, name, call)
     return times
 
 
 def main() -> None:
-    arguments = side_arguments(__doc__)
-    reward, lengths = counted_reward()
-    stopwatch = Stopwatch()
-    steps = arguments.steps + 1
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        config = RLOOConfig(
+    parser = step_parser(__doc__)
+    parser.add_argument("--micro", type=int, default=32, help="completions in one pass with gradient")
+    arguments = parser.parse_args()
+    set_threads(arguments)
+    reward = CountedReward(reward_of(arguments.model))
+    stopwatch = Stopwatch(arguments.device)
+    steps, completions = arguments.warmup + arguments.steps, arguments.prompts * arguments.group
+    micro = min(arguments.micro, completions)
+    config_of, trainer_of = ENGINES[arguments.engine]
+    with tempfile.TemporaryDirectory() as folder, quiet_stdout():
+        config = config_of(
             output_dir=folder,
-            model_init_kwargs={"dtype": "bfloat16"},  # TRL's default is float32
-            use_cpu=True,
-            bf16=True,  # TRL's default
+            model_init_kwargs={"dtype": arguments.dtype},  # TRL's default is float32
+            use_cpu=arguments.device == "cpu",
+            bf16=arguments.dtype == "bfloat16",
             gradient_checkpointing=False,  # TRL's default is True: slower, less memory
-            per_device_train_batch_size=arguments.prompts * arguments.group,  # one generation, one pass, one update
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=completions // micro,  # one generation and one update a step
             num_generations=arguments.group,
             max_completion_length=arguments.tokens,
             beta=BETA,
@@ -71,38 +86,41 @@ def main() -> None:
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
-            dataloader_pin_memory=False,  # warns on a CPU
+            dataloader_pin_memory=arguments.device != "cpu",  # warns on a CPU
         )
-        trainer = RLOOTrainer(
-            model=arguments.model,
+        rank = arguments.rank
+        lora = LoraConfig(r=rank, lora_alpha=alpha(rank), target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = trainer_of(
+            model=str(arguments.model),
             reward_funcs=reward,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts(arguments.prompts) * steps}),
-            peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+            train_dataset=Dataset.from_dict({"prompt": prompts(arguments.model, arguments.prompts) * steps}),
+            peft_config=lora if rank else None,
             callbacks=[stopwatch],
         )
-        times = clock(trainer, ["_generate", "_generate_and_score_completions"])
+        calls = {name: timed(trainer, name, arguments.device) for name in METHODS}
+        resident, began = resident_memory(), clock(arguments.device)
         trainer.train()
+    inputs = calls["_generate_and_score_completions"]
+    whole = [end - begin for begin, end in pairwise([began, *stopwatch.marks])]
+    phases = {
+        "draw": calls["_generate"],
+        "draw and score": inputs,
+        "update": [step - both for step, both in zip(whole, inputs, strict=True)],  # what the step's wall time leaves
+    }
     trained = [value for value in trainer.model.parameters() if value.requires_grad]
-    draw, inputs = times["_generate"], times["_generate_and_score_completions"]
-    # the update is what the step's wall time leaves; the warm-up's is dropped with its other figures
-    whole = [0.0, *(end - begin for begin, end in zip(stopwatch.marks, stopwatch.marks[1:], strict=False))]
-    report(
-        stopwatch.marks,
-        lengths,
-        {
-            "draw": draw,
-            "score": [both - drawn for both, drawn in zip(inputs, draw, strict=True)],
-            "update": [step - both for step, both in zip(whole, inputs, strict=True)],
-        },
-        {
-            "trained_parameters": sum(value.numel() for value in trained),
-            "adapter_dtype": sorted({str(value.dtype).removeprefix("torch.") for value in trained}),
-            "threads": torch.get_num_threads(),
-        },
-        ["trl", "torch", "transformers", "peft", "accelerate", "vaderSentiment"],
-    )
+    facts = {
+        **step_facts(began, stopwatch.marks, reward, phases, arguments.warmup),
+        "resident_before_bytes": resident,
+        "trained_parameters": sum(value.numel() for value in trained),
+        "adapter_dtype": sorted({str(value.dtype).removeprefix("torch.") for value in trained}),
+        "reward_seconds": reward.seconds[arguments.warmup :],
+    }
+    answer(facts, arguments, ["trl", "torch", "transformers", "peft", "accelerate"])
 
+
+METHODS = ("_generate", "_generate_and_score_completions")
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     main()
