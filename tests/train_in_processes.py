@@ -27,7 +27,7 @@ def shortness(completions):
 
 def target():
     """In double precision, so that what differs is the order of sums and nothing else."""
-    prior = load(make_model("llama").double(), make_tokenizer()).prior(max_new_tokens=6)
+    prior = load(make_model("gpt2").double(), make_tokenizer()).prior(max_new_tokens=6)
     return prior * tl.Reward(shortness, beta=0.2, bounds=(-4, 0))
 
 

@@ -9,6 +9,7 @@ prompts, the same random numbers, the same sum.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from tiltlm.errors import InputError
 from tiltlm.inference.accumulate import deliver, derivatives, joined
 from tiltlm.inference.optimise import Optimiser
+from tiltlm.inference.shards import is_shared
 from tiltlm.lm.score import batches
 from tiltlm.protocols import Evidence, Policy, TrainingEngine
 from tiltlm.records import Draws, Forward, Info, Likelihood, Prompts, Scored
@@ -127,6 +129,56 @@ class DividedPolicy(DividedSampler):
         return [(mine[rows], none) for rows in batches(draws.select(mine), micro_tokens)] if len(mine) else []
 
 
+class ShardedPolicy(DividedPolicy):
+    """A policy of whose weights each process has a share while it trains, and all at other times."""
+
+    def __init__(self, inner: Any, world: World) -> None:
+        from tiltlm.lm.sharded import Sharding  # torch's FSDP2 takes a while to import
+
+        super().__init__(inner, world)
+        self.sharding = Sharding(inner, world.size)
+
+    def named_parameters(self) -> Mapping[str, nn.Parameter]:
+        return self.sharding.parameters
+
+    def forward(self, draws: Draws, needs: frozenset[str]) -> Forward:
+        return self.sharding.run(lambda: self.inner.forward(draws, needs), needs)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        with self.sharding.spreading():
+            yield
+
+    def run(self, passes: Callable[[], None]) -> None:
+        """Run this process's passes, beside those of the others. A process that fails says so and ends, and the others notice."""
+        try:
+            passes()
+        except Exception as error:
+            if not self.world.main:  # it cannot tell the main process, which waits for it inside a layer
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise
+
+    def passes(self, draws: Draws, micro_tokens: int) -> list[tuple[Int[Tensor, " N"], Int[Tensor, " M"]]]:
+        """As many passes in each process, all of which run the model on the prompts and then on what follows.
+
+        A process that has fewer, or a pass whose completions are one token long, takes the batch's longest completion along.
+        """
+        owned = shares(draws, self.world.size)
+        parts = [
+            [rows[some] for some in batches(draws.select(rows), micro_tokens)] if len(rows) else [] for rows in owned
+        ]
+        mine, none = parts[self.world.rank], owned[0][:0]
+        mine += [none] * (max(map(len, parts)) - len(mine))
+        lengths = draws.lengths
+        longest = lengths.argmax()[None]
+        return [(rows, none if len(rows) and _alike(lengths[rows], lengths) else longest) for rows in mine]
+
+
+def _alike(some: Tensor, lengths: Tensor) -> bool:
+    """Whether a pass over completions of these lengths goes on behind the prompts, if any of the batch's does."""
+    return bool(some.max() > 1) or bool(lengths.max() <= 1)
+
+
 def divided_update(
     policy: DividedPolicy,
     engine: TrainingEngine[Any],
@@ -168,7 +220,7 @@ def sum_gradients(world: World, optimiser: Optimiser) -> None:
     gradients torch has added up on the way.
     """
     masters = {name: value for name, value in optimiser.masters.items() if not name.startswith("engine:")}
-    plain = {name: value for name, value in masters.items() if not hasattr(value, "full_tensor")}
+    plain = {name: value for name, value in masters.items() if not is_shared(value)}
     wanted = world.exchange([name for name, value in plain.items() if value.grad is not None])
     anyone = set().union(*wanted)
     for name in anyone:
@@ -178,9 +230,9 @@ def sum_gradients(world: World, optimiser: Optimiser) -> None:
 
 
 def divided(target: Target, policy: Policy, world: World, shard: bool) -> tuple[Target, DividedPolicy]:
-    """Target and policy as `world` shares their work."""
+    """Target and policy as `world` shares their work; with `shard`, and the weights."""
     shared = Target(DividedSampler(target.prior, world), DividedEvidence(target.evidence, world))  # pyright: ignore
-    return shared, DividedPolicy(policy, world)
+    return shared, (ShardedPolicy if shard else DividedPolicy)(policy, world)
 
 
 def require_enough(world: World, batch: int, prompts: int) -> None:
@@ -197,10 +249,23 @@ def require_enough(world: World, batch: int, prompts: int) -> None:
         )
 
 
+def require_no_copies(source: Any, shard: bool) -> None:
+    """Raise if weights are to be divided of which the source keeps a copy.
+
+    Raises:
+        InputError: naming the source.
+    """
+    if shard and getattr(source, "copies_weights", False):
+        raise InputError(
+            f"shard is on, but the source {type(source).__name__} keeps a copy of the weights, which cannot be divided; leave out "
+            f"lag, or shard"
+        )
+
+
 def _bare(draws: Draws) -> Draws:
     """Draws without their prompts, which the others have, to be sent."""
     empty = Prompts(torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool), ())
     return replace(draws, prompts=empty)
 
 
-__all__ = ["DividedPolicy", "divided", "divided_update", "require_enough"]
+__all__ = ["DividedPolicy", "divided", "divided_update", "require_enough", "require_no_copies"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tiltlm.evidence.gold import Gold, as_gold
 from tiltlm.evidence.running.tally import SlowRewardWatch, counting, merged
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
-from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_enough
+from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_enough, require_no_copies
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.inference.settings import Training
@@ -102,6 +102,7 @@ def fit(
     shared, trained = target, policy
     if world.size > 1:
         require_enough(world, settings.batch, len(encoded))
+        require_no_copies(source, settings.shard)
         shared, trained = divided(target, policy, world, settings.shard)
         gold = gold and DividedEvidence(as_gold(gold), world)
     watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
@@ -295,8 +296,8 @@ class _Loop:
             "stale": self.stale,
             "gold": self.watch.state() if self.watch else None,
         }
-        saved, folder = checkpoint.Checkpoint(step, tensors, values), self.out / "checkpoints"
-        self.world.each(lambda: checkpoint.write(folder, saved) if self.world.main else None)
+        saved = checkpoint.Checkpoint(step, tensors, values)
+        checkpoint.write(self.out / "checkpoints", saved, world=self.world)
 
     def _restore(self, monitor: Monitor, resume: bool) -> int:
         if self.out is None:
@@ -304,7 +305,7 @@ class _Loop:
                 raise InputError("resume is on, but there is no out folder to resume from; give out")
             return 0
         folder = self.out / "checkpoints"
-        saved = self.world.each(lambda: checkpoint.latest(folder) if resume else None)
+        saved = self.world.each(lambda: checkpoint.latest(folder, self.optimiser.shared()) if resume else None)
         if self.world.size > 1:
             seen = {"the checkpoint": None if saved is None else saved.step, **self._identity()}
             self.world.agree(seen, "give them the same settings, and an out folder that all of them see")
@@ -318,7 +319,8 @@ class _Loop:
                     f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with "
                     f"the same settings, or choose another out folder"
                 )
-        self.optimiser.restore(saved.tensors)
+        with getattr(self.policy, "training", nullcontext)():
+            self.optimiser.restore(saved.tensors)
         for name, value in self._buffers().items():
             value.copy_(saved.tensors[name])
         if saved.values["stream"]:

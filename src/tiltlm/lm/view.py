@@ -270,7 +270,7 @@ class ModelPrior(View):
             weights |= self.body.adapters.parameters(self.adapter)
         for name, value in weights.items():
             digest.update(f"{name}{tuple(value.shape)}".encode())
-            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
+            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16].clone()  # numpy pins what it shares
             digest.update(sample.double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
