@@ -1,8 +1,9 @@
-"""Run by test_devices.py under a launcher, in several processes that train together.
+"""Run by test_devices.py under a launcher, in several processes that train together; and imported by it, to train in one.
 
-    torchrun --nproc_per_node 2 train_in_processes.py FOLDER JOB[,JOB…]
+    torchrun --nproc_per_node 2 train_in_processes.py FOLDER NAME=JOB[,shard][,begin][,resume] …
 
-Each job is a training run in FOLDER/JOB. Every process writes what it came to into FOLDER/JOB.RANK.pt.
+Each is a training run in FOLDER/NAME: a whole one, or one that is interrupted after step 3, or one that goes on from there.
+Every process writes what it came to into FOLDER/NAME.RANK.pt.
 """
 
 import sys
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
+from test_fit import WithKL, shortness
 from tiltlm.inference.monitor import Monitor
 from tiltlm.lm.load import load
 from tiltlm.world import join
@@ -21,39 +23,66 @@ from tiltlm.world import join
 PROMPTS = ["the film", "a quiet story of two friends", "good and bad", "friends who meet", "a film"]
 
 
-def shortness(completions):
-    return [-len(c) / 10 for c in completions]
-
-
-def target():
-    """In double precision, so that what differs is the order of sums and nothing else."""
-    prior = load(make_model("gpt2").double(), make_tokenizer()).prior(max_new_tokens=6)
+def target(model, max_new_tokens=6):
+    """In double precision, so that little but the order of sums differs. GPT-2 is double throughout, Llama has single parts."""
+    prior = load(make_model(model).double(), make_tokenizer()).prior(max_new_tokens=max_new_tokens)
     return prior * tl.Reward(shortness, beta=0.2, bounds=(-4, 0))
 
 
-def settings(out, **changes):
-    common = {"steps": 4, "batch": 4, "lr": 1e-2, "warmup": 0, "micro_tokens": 24, "checkpoint_every": 2}
-    return {"out": out, "monitor": Monitor(out, console=Console(quiet=True)), **common, **changes}
-
-
-def lora(out, **changes):
+def lora():
     """Fresh draws, an adapter, a certificate."""
-    ours = {"lora": tl.LoRA(r=2), "certify_every": 4, "certify_samples": 2}
-    return tl.fit(target(), PROMPTS, tl.RLOO(group=3), **settings(out, **ours), **changes)
+    return {"target": target("gpt2"), "engine": tl.RLOO(group=3), "certify_every": 4, "certify_samples": 2}
 
 
-def full(out, **changes):
-    """Old draws beside fresh ones, all weights, two updates a batch, a learned log Z."""
+def llama():
+    """The same of another kind of model, and with a rank that leaves one of two processes without a row of A."""
+    return {"target": target("llama"), "engine": tl.RLOO(group=3), "lora": tl.LoRA(r=1)}
+
+
+def full():
+    """All weights; old draws beside fresh ones, two updates a batch, a learned log Z."""
     engine = tl.TrajectoryBalance(group=3, updates=2)
-    return tl.fit(target(), PROMPTS, engine, source=tl.Replay(old=2), **settings(out, lora=None), **changes)
+    return {"target": target("gpt2"), "engine": engine, "source": tl.Replay(old=2), "lora": None}
 
 
-def values(out, **changes):
-    """PPO: value heads beside the adapter."""
-    return tl.fit(target(), PROMPTS, tl.PPO(group=3), **settings(out, lora=tl.LoRA(r=2)), **changes)
+def values():
+    """Value heads beside the adapter; prompts of which a process has one, and passes of one token."""
+    return {"target": target("gpt2", max_new_tokens=2), "engine": tl.PPO(group=3), "micro_tokens": 2, "batch": 3}
 
 
-JOBS = {"lora": lora, "full": full, "values": values}
+def kl():
+    """The prior runs beside the policy where gradients are taken: all weights, so that it is a model of its own."""
+    return {"target": target("gpt2"), "engine": WithKL(), "lora": None}
+
+
+def kl_lora():
+    """The prior is the same model with the adapter off."""
+    return {"target": target("gpt2"), "engine": WithKL()}
+
+
+JOBS = {job.__name__: job for job in (lora, llama, full, values, kl, kl_lora)}
+COMMON = {
+    "steps": 4,
+    "batch": 4,
+    "lr": 1e-2,
+    "warmup": 0,
+    "micro_tokens": 24,
+    "checkpoint_every": 2,
+    "lora": tl.LoRA(r=2),
+}
+
+
+class StopAt(Monitor):
+    """As somebody who presses Ctrl-C while a step is logged."""
+
+    def __init__(self, out, step):
+        super().__init__(out, console=Console(quiet=True))
+        self.step = step
+
+    def log(self, step, metrics):
+        super().log(step, metrics)
+        if step == self.step:
+            raise KeyboardInterrupt
 
 
 def judged(policy):
@@ -64,22 +93,20 @@ def judged(policy):
     return {"policy": policy.log_prob(unknown), "prior": prior.log_prob(unknown), "drawn": draws.log_q}
 
 
-def run(folder: Path, job: str, name: str | None = None, **changes) -> None:
-    policy = JOBS[job](folder / (name or job), **changes)
+def train(folder: Path, name: str, job: str, *flags: str) -> None:
+    given = {**COMMON, **JOBS[job](), "shard": "shard" in flags, "resume": "resume" in flags, "out": folder / name}
+    monitor = StopAt(folder / name, 3 if "begin" in flags else 0)
+    try:
+        policy = tl.fit(given.pop("target"), PROMPTS, given.pop("engine"), monitor=monitor, **given)
+    except KeyboardInterrupt:
+        (folder / f"{name}.{join().rank}.interrupted").touch()
+        return
     weights = {key: value.detach().clone() for key, value in policy.named_parameters().items()}
-    torch.save({"weights": weights, **judged(policy)}, folder / f"{name or job}.{join().rank}.pt")
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for job in sys.argv[2].split(","):
-        job, _, rest = job.partition("+")
-        changes = {"shard": "shard" in rest} if rest else {}
-        if "resume" in rest:
-            changes["resume"] = True
-        run(folder, job, **changes)
+    torch.save({"weights": weights, **judged(policy)}, folder / f"{name}.{join().rank}.pt")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    for what in sys.argv[2:]:
+        name, _, rest = what.partition("=")
+        train(Path(sys.argv[1]), name, *rest.split(","))

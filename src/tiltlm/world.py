@@ -207,6 +207,11 @@ def join() -> World:
     return _entered.get() or _join()
 
 
+def asked_to_shard() -> bool:
+    """Whether the launcher was told to divide the weights: accelerate launch --use_fsdp."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1", "yes")
+
+
 @contextmanager
 def entered(world: World) -> Iterator[World]:
     """Let `join` give this world inside, for example in a test."""
@@ -249,4 +254,4 @@ def _require_started() -> None:
         )
 
 
-__all__ = ["ALONE", "Launched", "World", "entered", "join", "launched"]
+__all__ = ["ALONE", "Launched", "World", "asked_to_shard", "entered", "join", "launched"]

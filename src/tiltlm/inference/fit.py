@@ -36,7 +36,7 @@ from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Info, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite, require_trainable
-from tiltlm.world import ALONE, World, join
+from tiltlm.world import ALONE, World, asked_to_shard, join
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
 """Settings that a resumed run must share with the one it goes on from."""
@@ -102,8 +102,9 @@ def fit(
     shared, trained = target, policy
     if world.size > 1:
         require_enough(world, settings.batch, len(encoded))
-        require_no_copies(source, settings.shard)
-        shared, trained = divided(target, policy, world, settings.shard)
+        shard = settings.shard or asked_to_shard()
+        require_no_copies(source, shard)
+        shared, trained = divided(target, policy, world, shard)
         gold = gold and DividedEvidence(as_gold(gold), world)
     watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
     loop = _Loop(shared, encoded, engine, source, trained, settings, folder, prior_draws, made_of, watch, world)

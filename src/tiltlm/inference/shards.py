@@ -6,6 +6,7 @@ one process what many wrote. A file without such a header holds whole tensors.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,10 @@ def load_shares(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: torch.empty_like(like[name]) if name in like else torch.empty(about.size, dtype=about.properties.dtype)
         for name, about in reader.read_metadata().state_dict_metadata.items()
     }
-    with _as_oserror():
+    with _as_oserror(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled", category=UserWarning
+        )  # as it is asked to be
         load(found, storage_reader=reader, no_dist=True)
     return found
 

@@ -25,9 +25,8 @@ from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
-from tiltlm.inference.fit import Training, fit, refuse_earlier
+from tiltlm.inference.fit import fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
-from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
@@ -46,6 +45,8 @@ from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
+from tiltlm.workflow.training import lora_of, training_of
+from tiltlm.world import join
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
@@ -248,8 +249,12 @@ class Run:
     def prepare(self, *, resume: bool = False) -> float:
         """All that can be wrong before training: inputs, the folder, the temperature; returns the beta.
 
-        A resumed run leaves `recipe.json` and `plan.json` as they are until its settings have been found to be the same.
+        A resumed run leaves `recipe.json` and `plan.json` as they are until its settings have been found to be the same. Of
+        several processes the main one goes first, and the others find its draws and moments in the folder.
         """
+        return join().main_first(lambda: self._prepare(resume))
+
+    def _prepare(self, resume: bool) -> float:
         self.check()
         r = self.recipe
         require_writable_folder(r.folder)
@@ -265,10 +270,10 @@ class Run:
     def train(self, *, resume: bool = False, monitor: Monitor | None = None) -> float:
         """Train the policy, write it as an adapter (or a model) with a model card; returns the beta."""
         beta = self.prepare(resume=resume)
-        r = self.recipe
-        prior_draws = self._prior_draws(beta) if r.certify_every else None
+        r, world = self.recipe, join()
+        prior_draws = world.main_first(lambda: self._prior_draws(beta)) if r.certify_every else None
         monitor = monitor or Monitor(out=r.folder, trackers=r.trackers, config=r.model_dump())
-        target = self.target(beta)
+        target = world.main_first(lambda: self.target(beta))
         policy = fit(
             target,
             self.prompts if r.data is None else self.given.draws.prompts,
@@ -284,7 +289,7 @@ class Run:
             settings=training_of(r),
         )
         self._write("recipe.json", with_versions(self.recipe))
-        self._save_policy(policy, beta)
+        world.each(lambda: self._save_policy(policy, beta) if world.main else None)
         return beta
 
     def _save_policy(self, policy: Any, beta: float) -> None:
@@ -385,16 +390,5 @@ class Run:
         return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
-        write_json(self.recipe.folder / name, values)
-
-
-def lora_of(recipe: Recipe) -> LoRA | None:
-    """The adapter to train; None trains all weights."""
-    r = recipe
-    return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
-
-
-def training_of(recipe: Recipe) -> Training:
-    """The loop's settings."""
-    names = set(Training.__dataclass_fields__)
-    return Training(**{name: value for name, value in recipe.model_dump().items() if name in names})
+        if join().main:
+            write_json(self.recipe.folder / name, values)
