@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 train_in_processes.py FOLDER NAME=JOB[,shard][,begin][,resume] …
 
 Each is a training run in FOLDER/NAME: a whole one, or one that is interrupted after step 3, or one that goes on from there.
-Every process writes what it came to into FOLDER/NAME.RANK.pt.
+Every process writes what it came to into FOLDER/NAME.RANK.pt, or why it was refused into FOLDER/NAME.RANK.refused.
 """
 
 import sys
@@ -60,7 +60,38 @@ def kl_lora():
     return {"target": target("gpt2"), "engine": WithKL()}
 
 
-JOBS = {job.__name__: job for job in (lora, llama, full, values, kl, kl_lora)}
+def fails_in_one():
+    """The reward fails in the second of two processes, from the third step on."""
+    calls = []
+
+    def reward(completions):
+        calls.append(len(completions))
+        return [1 / 0 if join().rank == 1 and len(calls) >= 3 else 0.5 for _ in completions]
+
+    prior = load(make_model("gpt2"), make_tokenizer()).prior(max_new_tokens=4)
+    return {"target": prior * tl.Reward(reward, beta=0.2, bounds=(0, 1)), "engine": tl.RLOO(group=2)}
+
+
+def differs():
+    """Every process has another model."""
+    prior = load(make_model("gpt2", seed=join().rank), make_tokenizer()).prior(max_new_tokens=4)
+    return {"target": prior * tl.Reward(shortness, beta=0.2), "engine": tl.RLOO(group=2)}
+
+
+def lags():
+    return {"target": target("gpt2"), "engine": tl.FDivergence(), "source": tl.Lagging()}
+
+
+def critic():
+    return {"target": target("gpt2"), "engine": tl.SoftQLearning()}
+
+
+def one_prompt():
+    return {"target": target("gpt2"), "engine": tl.RLOO(group=2), "batch": 1}
+
+
+REFUSED = (fails_in_one, differs, lags, critic, one_prompt)
+JOBS = {job.__name__: job for job in (lora, llama, full, values, kl, kl_lora, *REFUSED)}
 COMMON = {
     "steps": 4,
     "batch": 4,
@@ -100,6 +131,9 @@ def train(folder: Path, name: str, job: str, *flags: str) -> None:
         policy = tl.fit(given.pop("target"), PROMPTS, given.pop("engine"), monitor=monitor, **given)
     except KeyboardInterrupt:
         (folder / f"{name}.{join().rank}.interrupted").touch()
+        return
+    except tl.InputError as error:
+        (folder / f"{name}.{join().rank}.refused").write_text(str(error))
         return
     weights = {key: value.detach().clone() for key, value in policy.named_parameters().items()}
     torch.save({"weights": weights, **judged(policy)}, folder / f"{name}.{join().rank}.pt")
