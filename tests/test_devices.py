@@ -180,6 +180,8 @@ def test_checkpoints_are_sharded_where_weights_are(trained):
     assert files("lora-plain") == plain == files("lora")
     shards = {f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
     assert files("lora-shard") == plain | shards
+    sizes = [(trained / "lora-shard" / "checkpoints" / "step-000004" / name).stat().st_size for name in shards]
+    assert max(sizes) < 1.02 * min(sizes)
     path = trained / "lora-shard" / "checkpoints" / "step-000004" / min(shards)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])

@@ -6,9 +6,9 @@ other in vain. *Spread*, each holds its share, with its share of the gradients a
 come together while it runs, forward and backward, and its gradients are added up. So one trains, and all processes have to
 make the same passes.
 
-What it costs, in bytes for P weights of b bytes in N processes, of which T are trained: gathered b P, and the caches of what is
-drawn; spread b P / N, the embeddings and one layer. The optimiser's masters, moments and gradients are 16 T / N throughout. Without
-FSDP2 it is b P + 16 T. When all weights are trained the prior is a second model, and is divided as well.
+What it costs, in bytes for P weights of b bytes in N processes, of which T are trained: gathered b P (1 + 1 / N), and the caches of
+what is drawn; spread b P / N, the embeddings and one layer. The optimiser's masters, moments and gradients are 16 T / N throughout.
+Without FSDP2 it is b P + 16 T. When all weights are trained the prior is a second model, and is divided as well.
 """
 
 from __future__ import annotations
