@@ -77,7 +77,7 @@ def processes(count, *arguments, cwd=TESTS):
 def ended(started):
     """How each of them ended: (code, what it wrote, what it said on stderr)."""
     with ThreadPoolExecutor(len(started)) as pool:  # both at once, or one waits for somebody to read what it says
-        said = list(pool.map(lambda process: process.communicate(timeout=200), started))
+        said = list(pool.map(lambda process: process.communicate(timeout=400), started))
     return [(process.returncode, out, err) for process, (out, err) in zip(started, said, strict=True)]
 
 
@@ -107,11 +107,6 @@ def in_one_and_two(folder, jobs, more=()):
 def trained(tmp_path_factory):
     more = [f"{name}={name},{how}" for name, (how, _) in REFUSED.items()]
     return in_one_and_two(tmp_path_factory.mktemp("trained"), QUICK, more)
-
-
-@pytest.fixture(scope="module")
-def trained_slowly(tmp_path_factory):
-    return in_one_and_two(tmp_path_factory.mktemp("trained"), SLOW)
 
 
 def came_to(folder, name, rank=0):
@@ -165,11 +160,12 @@ def test_two_processes_are_as_one(trained, job, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("job", SLOW)
-def test_two_processes_are_as_one_with_other_engines_and_models(trained_slowly, job, how):
-    require_same(trained_slowly, job, how)
-    require_same_metrics(trained_slowly, job, how)
+def test_two_processes_are_as_one_with_other_engines_and_models(tmp_path, job):
+    in_one_and_two(tmp_path, [job])
+    for how in HOW:
+        require_same(tmp_path, job, how)
+        require_same_metrics(tmp_path, job, how)
 
 
 def test_checkpoints_are_sharded_where_weights_are(trained):

@@ -65,8 +65,8 @@ class World:
         """What `work()` gives in every process, in their order. If it fails in one, it fails in all, with the same message.
 
         Raises:
-            InputError, FloatingPointError, KeyboardInterrupt: as it was raised in any of the processes.
-            RuntimeError: for any other error that another process met.
+            InputError, FloatingPointError, KeyboardInterrupt: as it was raised in any of the processes. Any other error is raised
+                where it happened, and for the others an InputError says what it was.
         """
         if self.size == 1:
             return [work()]
@@ -137,7 +137,7 @@ class _Failure:
         known = {kind.__name__: kind for kind in (InputError, FloatingPointError, KeyboardInterrupt)}
         if self.kind in known:
             return known[self.kind](self.message)
-        return RuntimeError(f"process {rank} failed ({self.message})")
+        return InputError(f"process {rank} failed ({self.message})")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,17 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2, world: World = AL
     final = folder / f"step-{checkpoint.step:06d}"
     unfinished = folder / f".{final.name}.{world.of_main(os.getpid())}.tmp"
     shared = {name: tensor for name, tensor in checkpoint.tensors.items() if is_shared(tensor)}
-    try:
-        world.each(lambda: _begin(folder, unfinished) if world.main else None)
-        if shared:
-            save_shares(shared, unfinished)
-        world.each(lambda: _finish(unfinished, final, checkpoint) if world.main else None)
-    except (OSError, SafetensorError) as error:
-        raise _unwritable(folder, unfinished, final, error) from error
+
+    def attempt(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(folder, unfinished, final, error) from error
+
+    world.each(lambda: attempt(lambda: _begin(folder, unfinished)) if world.main else None)
+    if shared:
+        attempt(lambda: save_shares(shared, unfinished))
+    world.each(lambda: attempt(lambda: _finish(unfinished, final, checkpoint)) if world.main else None)
     if world.main:
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{old:06d}", ignore_errors=True)
