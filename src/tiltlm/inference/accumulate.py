@@ -60,7 +60,8 @@ def derivatives(
     watched = _map(values, lambda t: t.detach().clone().requires_grad_())
     loss, info = engine.loss(watched, scored, state)
     loss.backward()
-    return loss.detach(), info, watched.leaves()
+    # what a target network says has no gradient in a pass, and so an engine need not detach it; here all leaves are watched
+    return loss.detach(), {name: value.detach() for name, value in info.items()}, watched.leaves()
 
 
 def deliver(forward: Forward, leaves: Sequence[Tensor], rows: Tensor, ballast: int = 0) -> None:
