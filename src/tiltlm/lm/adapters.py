@@ -162,14 +162,9 @@ class AdapterSwitch:
                 weight.requires_grad_(True)
 
     def train(self, name: str) -> None:
-        """Let this adapter receive gradients from now on, whichever one is active.
-
-        Where its weights are tensors of their own in each of two states (`tiltlm.lm.sharded`), call it in both.
-        """
-        held = self._trained.setdefault(name, [])
-        known = {id(weight) for weight in held}
-        held += [weight for weight in self.parameters(name).values() if id(weight) not in known]
-        for weight in held:
+        """Let this adapter receive gradients from now on, whichever one is active."""
+        self._trained[name] = list(self.parameters(name).values())
+        for weight in self._trained[name]:
             weight.requires_grad_(True)
 
     def parameters(self, name: str) -> Mapping[str, nn.Parameter]:

@@ -57,16 +57,15 @@ class Sharding:
 
     def __init__(self, policy: Any, processes: int) -> None:
         _require_divisible(policy)
-        self._policy: ModelPolicy = policy
         mesh = init_device_mesh(policy.body.model.device.type, (processes,))
         self._own = _divide(policy.body, mesh)
         self._prior = self._own if policy.prior.body.model is policy.body.model else _divide(policy.prior.body, mesh)
         self._roots = [self._own] if self._prior is self._own else [self._own, self._prior]
         self.spread()
         self.parameters: Mapping[str, nn.Parameter] = dict(policy.named_parameters())
-        self._hold_gradients()
+        if policy.adapter is not None:  # those that are to receive gradients are other tensors now
+            policy.body.adapters.train(policy.adapter)
         self.gather()
-        self._hold_gradients()  # the gathered weights are tensors of their own
 
     def gather(self) -> None:
         """Let every process hold all weights."""
@@ -107,10 +106,6 @@ class Sharding:
 
         self._own(own)
         return found[0]
-
-    def _hold_gradients(self) -> None:
-        if self._policy.adapter is not None:
-            self._policy.body.adapters.train(self._policy.adapter)
 
 
 def _divided(root: _Root) -> list[FSDPModule]:
