@@ -20,4 +20,4 @@ class DrawBars(Progress):
 def draw_bars(console: Console) -> DrawBars:
     """Bars on this console."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    return DrawBars(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return DrawBars(*columns, console=console, transient=True, disable=not console.is_terminal or console.quiet)

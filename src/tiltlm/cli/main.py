@@ -17,12 +17,13 @@ from tiltlm.cli.augment import augment
 from tiltlm.cli.bars import DrawBars, draw_bars
 from tiltlm.cli.data import data
 from tiltlm.cli.options import Json, pairs, recipe_command
-from tiltlm.cli.output import console, require_writable, say, stderr, write_result
+from tiltlm.cli.output import console, require_writable, say, speak_only, stderr, write_result
 from tiltlm.cli.reward import reward
 from tiltlm.cli.start import start
 from tiltlm.cli.task import task
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.workflow.recipe import Recipe
+from tiltlm.world import join
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,6 +83,8 @@ def train(
         beta = run.prepare(resume=resume)
     stderr.print(f"beta {beta:.3g}, {recipe.steps} steps of {recipe.batch} prompts × {recipe.group} completions")
     run.train(resume=resume)
+    if not join().main:
+        return
     console.print(f"policy: {recipe.folder / 'policy'}", highlight=False, soft_wrap=True)
     _print_hacking(recipe.folder, certified=False)
     steps = (recipe.folder / "metrics.jsonl").read_text().splitlines()
@@ -296,6 +299,7 @@ def run() -> None:
     """Entry point: what the user can mend is one sentence on stderr and exit code 2."""
     warnings.showwarning = _show_warning
     try:
+        _enter(sys.argv[1:2])
         with at_end:
             code = app(args=sys.argv[1:] or ["--help"], prog_name="tiltlm", standalone_mode=False)
     except USAGE_ERROR as error:
@@ -307,6 +311,18 @@ def run() -> None:
     if code == INTERRUPTED:
         stderr.print("interrupted; what the last checkpoint holds is safe: go on with --resume", soft_wrap=True)
     sys.exit(code or 0)
+
+
+def _enter(command: list[str]) -> None:
+    """Join the processes that a launcher started beside this one, if it did; the main one does the talking."""
+    world = join()
+    if world.size == 1:
+        return
+    speak_only(world.main)
+    if command != ["train"]:
+        raise InputError(
+            f"tiltlm {' '.join(command)} runs in one process, and {world.size} were launched; only train is shared between processes"
+        )
 
 
 def _stop(message: str) -> NoReturn:

@@ -78,6 +78,7 @@ GROUPS = {
         "lora_targets",
         "start",
         "micro_tokens",
+        "shard",
         "certify_every",
         "certify_samples",
         "patience",

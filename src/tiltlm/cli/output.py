@@ -12,6 +12,11 @@ console = Console()
 stderr = Console(stderr=True)
 
 
+def speak_only(main: bool) -> None:
+    """Of several processes only the main one writes to the screen."""
+    console.quiet = stderr.quiet = not main
+
+
 def say(text: object, *, style: str = "", aside: bool = False) -> None:
     """A line as it is: no markup, no highlighting, no wrapping.
 

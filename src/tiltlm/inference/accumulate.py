@@ -45,26 +45,44 @@ def accumulate(
         values = Forward(draws.log_q)
     else:
         with torch.no_grad():
-            values = _join([policy.forward(draws.select(rows), needs) for rows in parts])
-    leaves = _map(values, lambda t: t.detach().clone().requires_grad_())
-    loss, info = engine.loss(leaves, scored, state)
-    loss.backward()
+            values = joined([policy.forward(draws.select(rows), needs) for rows in parts])
+    loss, info, leaves = derivatives(engine, values, scored, state)
     for rows in parts:
-        forward = policy.forward(draws.select(rows), needs)
-        pairs = [
-            (out, leaf.grad[rows])
-            for out, leaf in zip(forward.leaves(), leaves.leaves(), strict=True)
-            if leaf.grad is not None
-        ]
-        torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
+        deliver(policy.forward(draws.select(rows), needs), leaves, rows)
         optimiser.gather()
-    return loss.detach(), info
+    return loss, info
+
+
+def derivatives(
+    engine: TrainingEngine[Any], values: Forward, scored: Scored, state: Any
+) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
+    """The loss of these values; and leaves, in the order of `Forward.leaves`, that hold its derivatives (None: there is none)."""
+    watched = _map(values, lambda t: t.detach().clone().requires_grad_())
+    loss, info = engine.loss(watched, scored, state)
+    loss.backward()
+    # what a target network says has no gradient in a pass, and so an engine need not detach it; here all leaves are watched
+    return loss.detach(), {name: value.detach() for name, value in info.items()}, watched.leaves()
+
+
+def deliver(forward: Forward, leaves: Sequence[Tensor], rows: Tensor, ballast: int = 0) -> None:
+    """Send the derivatives of these rows back through a pass that was run for them.
+
+    Args:
+        ballast: rows at the end of the pass that are not in `rows` and count for nothing.
+    """
+    pairs = [
+        (out, torch.nn.functional.pad(leaf.grad[rows], (0, 0, 0, ballast)) if ballast else leaf.grad[rows])
+        for out, leaf in zip(forward.leaves(), leaves, strict=True)
+        if leaf.grad is not None
+    ]
+    torch.autograd.backward([out for out, _ in pairs], [grad for _, grad in pairs])
 
 
 def _map(forward: Forward, change: Callable[[Tensor], Tensor]) -> Forward:
     return replace(forward, **{name: change(t) for name, t in vars(forward).items() if t is not None})
 
 
-def _join(parts: Sequence[Forward]) -> Forward:
+def joined(parts: Sequence[Forward]) -> Forward:
+    """Passes over some rows each, one after the other."""
     filled = [name for name, t in vars(parts[0]).items() if t is not None]
     return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})

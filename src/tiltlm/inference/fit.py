@@ -10,89 +10,39 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tiltlm.diagnostics.certificate import Certificate, certify
-from tiltlm.errors import InputError, at_least_one, not_negative
-from tiltlm.evidence.gold import Gold
-from tiltlm.evidence.running.tally import SlowRewardWatch, counting
+from tiltlm.errors import InputError
+from tiltlm.evidence.gold import Gold, as_gold
+from tiltlm.evidence.running.tally import SlowRewardWatch, counting, merged
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
+from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_enough, require_no_copies
 from tiltlm.inference.monitor import Metrics, Monitor
-from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
-from tiltlm.inference.source import Source, batch_of, default_source, require_sound
+from tiltlm.inference.optimise import Optimiser, learning_rate
+from tiltlm.inference.settings import Training
+from tiltlm.inference.source import Batch, Source, batch_of, default_source, require_sound
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.inference.watch import Watch
 from tiltlm.lm.adapters import LoRA
 from tiltlm.protocols import Policy, TrainingEngine
-from tiltlm.records import POLICY_FIELDS, Prompts, Scored
+from tiltlm.records import POLICY_FIELDS, Info, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite, require_trainable
+from tiltlm.world import ALONE, World, asked_to_shard, join
 
 SAME_RUN = ("seed", "steps", "batch", "lr", "engine_lr", "schedule", "warmup", "clip", "weight_decay")
 """Settings that a resumed run must share with the one it goes on from."""
 
 MEANINGFUL = 1e-3
 """Nats of ELBO that count as progress; certificates share their random numbers, so that smaller gains are rounding."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of the loop; what belongs to a method is on its engine.
-
-    Attributes:
-        steps: updates of the weights (times the engine's `updates` a batch).
-        batch: prompts a step.
-        lr: learning rate of AdamW, after a warm-up of `warmup` steps and under `schedule`.
-        engine_lr: the same for what is trained beside the language model: an engine's log Z, value heads.
-        clip: largest norm of the gradient.
-        micro_tokens: most completion tokens in one pass with gradient; bounds memory, not the result.
-        certify_every: certificate every so many steps, 0 for none.
-        certify_samples: draws a prompt in it.
-        patience: stop after so many certificates without a better ELBO, 0 to go on to the end.
-        seconds: stop after so many seconds of training, 0 for no limit; the learning rate then falls with the time.
-        checkpoint_every: checkpoint every so many steps; with `out` only.
-        gold_every: judge the fresh draws by the held-out reward every so many steps, where there is one.
-        stop_on_hacking: stop when the alarm says that the reward rises while the held-out one falls.
-    """
-
-    steps: int = 40
-    batch: int = 4
-    lr: float = 3e-4
-    engine_lr: float = 1e-2
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    warmup: int = 2
-    schedule: Schedule = "linear"
-    micro_tokens: int = 1024
-    certify_every: int = 0
-    certify_samples: int = 16
-    patience: int = 0
-    seconds: float = 0.0
-    checkpoint_every: int = 10
-    gold_every: int = 1
-    stop_on_hacking: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "steps", "batch", "micro_tokens", "checkpoint_every", "certify_samples", "gold_every")
-        not_negative(self, "warmup", "certify_every", "patience", "seconds", "weight_decay")
-        for name, example in (("lr", "3e-4"), ("engine_lr", "0.01")):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1, for example {example}")
-        if not self.clip > 0:
-            raise InputError(f"clip is {self.clip}; it must be positive, for example 1.0")
-        if self.schedule not in get_args(Schedule):
-            raise InputError(f"schedule is {self.schedule!r}; choose {', '.join(get_args(Schedule))}")
-        if self.patience and not self.certify_every:
-            raise InputError(
-                f"patience is {self.patience}, but certify_every is 0, so there is no ELBO to wait for; set certify_every"
-            )
 
 
 def fit(
@@ -129,6 +79,9 @@ def fit(
             beside `reward`, and one TiltWarning says when the one rises while the other falls.
         settings: see `Training`; `changes` are single fields of it.
 
+    Where a launcher started several processes, they share the work, and end with the same policy as one would; see
+    docs/devices.md.
+
     Returns:
         The policy, trained.
 
@@ -145,13 +98,21 @@ def fit(
     if policy is None:
         policy = _new_policy(target, engine, lora, start, settings.seed)
         made_of = f"{lora}" if start is None else f"started from {start}"
+    folder, world = Path(out) if out else None, join()
+    shared, trained = target, policy
+    if world.size > 1:
+        require_enough(world, settings.batch, len(encoded))
+        shard = settings.shard or asked_to_shard()
+        require_no_copies(source, shard)
+        shared, trained = divided(target, policy, world, shard)
+        gold = gold and DividedEvidence(as_gold(gold), world)
     watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
-    folder = Path(out) if out else None
-    loop = _Loop(target, encoded, engine, source, policy, settings, folder, prior_draws, made_of, watch)
+    loop = _Loop(shared, encoded, engine, source, trained, settings, folder, prior_draws, made_of, watch, world)
     if loop.out is not None and not resume:
         refuse_earlier(loop.out)
-    monitor = monitor or Monitor(out=Path(out) if out else None)
-    with monitor:
+    monitor = (monitor or Monitor(out=folder)) if world.main else Monitor(quiet=True)
+    with ExitStack() as stack:
+        world.each(lambda: stack.enter_context(monitor))
         loop.run(monitor, resume)
     return policy
 
@@ -179,8 +140,9 @@ class _Loop:
         prior_draws: Scored | None,
         made_of: str,
         watch: Watch | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.made_of, self.watch = made_of, watch
+        self.made_of, self.watch, self.world = made_of, watch, world
         self.target, self.prompts, self.engine, self.policy = target, prompts, engine, policy
         self.settings, self.out, self.prior_draws = settings, out, prior_draws
         self.source, self.stream = source, source.open(target, policy, prompts, settings.seed)
@@ -207,7 +169,7 @@ class _Loop:
                 self._judge(certificate)
             if self.watch is not None:
                 metrics |= self.watch.alarm_at(done, metrics)
-            monitor.log(done, metrics)
+            self.world.each(lambda done=done, metrics=metrics: monitor.log(done, metrics))
             last = done == self.settings.steps or self._should_stop()
             if self.out and (done % self.settings.checkpoint_every == 0 or last):
                 self._save(done, monitor)
@@ -229,46 +191,45 @@ class _Loop:
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
-            loss, info = accumulate(
-                self.policy,
-                self.engine,
-                scored if update == 0 else self.stream.again(batch, index, rng),
-                self.state,
-                self.settings.micro_tokens,
-                self.optimiser,
-                fresh=update == 0 and self.source.origin == "policy",
-            )
-            factor = learning_rate(self._place(step), self.settings.steps, self.settings.warmup, self.settings.schedule)
-            norm = self.optimiser.step(self.settings.clip, factor)
-            if hasattr(self.policy, "refresh_target"):  # a critic's target network
-                self.policy.refresh_target(getattr(self.engine, "target_rate", 1.0))  # pyright: ignore
+            learned = scored if update == 0 else self.stream.again(batch, index, rng)
+            loss, info, norm = self._update(learned, step, fresh=update == 0 and self.source.origin == "policy")
             require_trainable(norm, scored)
         ended = time.perf_counter()
+        if self.world.size > 1:
+            tally = merged(self.world.exchange(tally.sent()))
         self.slow.look(tally, ended - began)
-        tokens = int(fresh.draws.mask.sum())
-        reward = self.target.beta * fresh.log_evidence.double()
-        kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
         whole = len(index) >= len(self.prompts)
-        parts = {f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()}
         return {
-            "reward": float(reward.mean()),
-            "kl_prior": float(kl.mean()) if batch.fresh is not None else None,  # of others' draws it says nothing
-            "elbo": float(fresh.log_weight.double().mean()) if batch.fresh is not None else None,
+            **_of_draws(batch, self.target.beta),
             "loss": float(loss),
             "grad_norm": norm,
-            "length": float(fresh.draws.lengths.double().mean()),
-            "truncated": float((~fresh.draws.ended).double().mean()),
-            "dropped": fresh.dropped,
-            "drawn": batch.drawn,
-            "tokens_per_second": tokens / (ended - began),
+            "tokens_per_second": int(fresh.draws.mask.sum()) / (ended - began),
             "seconds": ended - began,
             "seconds_draw": drawn - began,
             "seconds_update": ended - drawn,
             **tally.metrics(),
-            **parts,
+            **{f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()},
             **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
         }
+
+    def _update(self, scored: Scored, step: int, *, fresh: bool) -> tuple[Tensor, Info, float]:
+        """One step of the optimiser; the loss, what the engine says of it, and the gradient's norm."""
+        s = self.settings
+
+        def move() -> float:
+            factor = learning_rate(self._place(step), s.steps, s.warmup, s.schedule)
+            return self.optimiser.step(s.clip, factor)
+
+        what: Any = (self.policy, self.engine, scored, self.state, s.micro_tokens, self.optimiser)
+        if self.world.size > 1:
+            loss, info, norm = divided_update(*what, fresh=fresh, step=move)
+        else:
+            loss, info = accumulate(*what, fresh=fresh)
+            norm = move()
+        if hasattr(self.policy, "refresh_target"):  # a critic's target network
+            self.policy.refresh_target(getattr(self.engine, "target_rate", 1.0))  # pyright: ignore
+        return loss, info, norm
 
     def _certify(self) -> Certificate:
         return certify(
@@ -287,15 +248,19 @@ class _Loop:
         self.best_elbo = max(self.best_elbo, certificate.elbo.value)
 
     def _should_stop(self) -> bool:
-        late = 0 < self.settings.seconds <= time.perf_counter() - self.began
+        late = 0 < self.settings.seconds <= self._elapsed()
         hacked = self.settings.stop_on_hacking and self.watch is not None and self.watch.alarm is not None
         return hacked or late or 0 < self.settings.patience <= self.stale
 
     def _place(self, step: int) -> float:
         """How far the run is, in steps: by the count, or by the clock if that says more."""
         s = self.settings
-        elapsed = (time.perf_counter() - self.began) / s.seconds if s.seconds else 0.0
+        elapsed = self._elapsed() / s.seconds if s.seconds else 0.0
         return max(float(step), min(1.0, elapsed) * s.steps)
+
+    def _elapsed(self) -> float:
+        """Seconds of training by the main process's clock, if the run goes by the clock."""
+        return self.world.of_main(time.perf_counter() - self.began) if self.settings.seconds else 0.0
 
     def _identity(self) -> dict[str, Any]:
         weights = self.optimiser.parameters
@@ -332,7 +297,8 @@ class _Loop:
             "stale": self.stale,
             "gold": self.watch.state() if self.watch else None,
         }
-        checkpoint.write(self.out / "checkpoints", checkpoint.Checkpoint(step, tensors, values))
+        saved = checkpoint.Checkpoint(step, tensors, values)
+        checkpoint.write(self.out / "checkpoints", saved, world=self.world)
 
     def _restore(self, monitor: Monitor, resume: bool) -> int:
         if self.out is None:
@@ -340,7 +306,10 @@ class _Loop:
                 raise InputError("resume is on, but there is no out folder to resume from; give out")
             return 0
         folder = self.out / "checkpoints"
-        saved = checkpoint.latest(folder) if resume else None
+        saved = self.world.each(lambda: checkpoint.latest(folder, self.optimiser.shared()) if resume else None)
+        if self.world.size > 1:
+            seen = {"the checkpoint": None if saved is None else saved.step, **self._identity()}
+            self.world.agree(seen, "give them the same settings, and an out folder that all of them see")
         if saved is None:
             monitor.rewind(0)  # of a run that ended before its first checkpoint
             return 0
@@ -351,7 +320,8 @@ class _Loop:
                     f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with "
                     f"the same settings, or choose another out folder"
                 )
-        self.optimiser.restore(saved.tensors)
+        with getattr(self.policy, "training", nullcontext)():
+            self.optimiser.restore(saved.tensors)
         for name, value in self._buffers().items():
             value.copy_(saved.tensors[name])
         if saved.values["stream"]:
@@ -364,6 +334,21 @@ class _Loop:
         self.best_elbo = -float("inf") if best is None else float(best)
         monitor.rewind(int(saved.values["metrics_bytes"]))
         return saved.step
+
+
+def _of_draws(batch: Batch, beta: float) -> Metrics:
+    """What a step's completions say of the sampler: the policy's fresh ones, where there are any."""
+    fresh = batch.fresh or batch.scored
+    kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
+    return {
+        "reward": float((beta * fresh.log_evidence.double()).mean()),
+        "kl_prior": float(kl.mean()) if batch.fresh is not None else None,  # of others' draws it says nothing
+        "elbo": float(fresh.log_weight.double().mean()) if batch.fresh is not None else None,
+        "length": float(fresh.draws.lengths.double().mean()),
+        "truncated": float((~fresh.draws.ended).double().mean()),
+        "dropped": fresh.dropped,
+        "drawn": batch.drawn,
+    }
 
 
 def _name(thing: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -35,6 +35,7 @@ class Lagging:
 
     every: int = 8
     adaptive: bool = True
+    copies_weights: ClassVar = True
 
     @property
     def origin(self) -> Origin:

@@ -74,7 +74,8 @@ class Monitor:
     ) -> None:
         self._progress.stop()
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # its end_training() would end the processes' connection as well
+                tracker.finish()
 
     def start(self, steps: int, done: int) -> None:
         """Show the bar."""

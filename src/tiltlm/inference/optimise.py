@@ -7,11 +7,13 @@ rounding would lose; gradients of micro-batches are added up there too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from tiltlm.inference.shards import is_shared
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -48,10 +50,10 @@ class Optimiser:
             name: value if value.dtype in (torch.float32, torch.float64) else nn.Parameter(value.detach().float())
             for name, value in self.parameters.items()
         }
-        by_rate: dict[float, list[nn.Parameter]] = {}
+        alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, master in self.masters.items():
-            by_rate.setdefault((rates or {}).get(name, lr), []).append(master)
-        groups: list[dict[str, Any]] = [{"params": some, "rate": rate} for rate, some in by_rate.items()]
+            alike.setdefault(((rates or {}).get(name, lr), is_shared(master)), []).append(master)
+        groups: list[dict[str, Any]] = [{"params": some, "rate": rate} for (rate, _), some in alike.items()]
         self.adam = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
     def gather(self) -> None:
@@ -69,8 +71,10 @@ class Optimiser:
         Weights with a learning rate of their own are clipped on their own: a value head's large error must not shrink the
         policy's step.
         """
-        norms = [torch.nn.utils.clip_grad_norm_(group["params"], clip) for group in self.adam.param_groups]
-        norm = torch.stack([n.cpu() for n in norms]).norm()
+        together: dict[float, list[list[nn.Parameter]]] = {}
+        for group in self.adam.param_groups:
+            together.setdefault(group["rate"], []).append(group["params"])
+        norm = torch.stack([_clipped(kinds, clip).cpu() for kinds in together.values()]).norm()
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * factor
         if torch.isfinite(norm):  # one bad batch must not destroy the weights
@@ -90,6 +94,12 @@ class Optimiser:
                 out[f"adam.{key}.{name}"] = value
         return out
 
+    def shared(self) -> dict[str, Tensor]:
+        """Those of `tensors` of which each process has a share, or in their place others of the same shape and division."""
+        shares = {name: master.detach() for name, master in self.masters.items() if is_shared(master)}
+        kinds = ("weight", "adam.exp_avg", "adam.exp_avg_sq")
+        return {f"{kind}.{name}": share for kind in kinds for name, share in shares.items()}
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
         with torch.no_grad():
@@ -105,3 +115,19 @@ class Optimiser:
                 if state:
                     moved = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
                     self.adam.state[master] = moved
+
+
+def _clipped(kinds: Sequence[Sequence[nn.Parameter]], clip: float) -> Tensor:
+    """Clip the norm of all these weights' gradients together; returns what it was. Shared ones and whole ones are two kinds."""
+    if len(kinds) == 1:
+        return _whole(torch.nn.utils.clip_grad_norm_(kinds[0], clip))
+    grads = [[weight.grad for weight in kind if weight.grad is not None] for kind in kinds]
+    norm = torch.stack([_whole(torch.nn.utils.get_total_norm(some)).cpu() for some in grads]).norm()
+    for grad in (grad for some in grads for grad in some):
+        grad.mul_(min(1.0, clip / (float(norm) + 1e-6)))
+    return norm
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process has a share (a DTensor), as one."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

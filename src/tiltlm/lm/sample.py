@@ -74,6 +74,7 @@ def sample(
     rows: int = 256,
     has_stop: Callable[[list[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
+    part: range | None = None,
 ) -> Sampled:
     """Draw `n` completions of each prompt.
 
@@ -82,9 +83,12 @@ def sample(
         rows: most completions that are in the model at a time.
         has_stop: tells of a completion so far whether it contains a stop string.
         progress: called with the number of completions that a wave has finished.
+        part: draw those of these prompts only, and get what a draw of all prompts would have given for them.
     """
+    uniform = torch.rand(len(prompts) * n, law.max_new_tokens, generator=rng, dtype=torch.float64)
+    if part is not None:
+        prompts, uniform = prompts.select(part), uniform[part.start * n : part.stop * n]
     count = len(prompts)
-    uniform = torch.rand(count * n, law.max_new_tokens, generator=rng, dtype=torch.float64)
     waves: list[Sampled] = []
     together = max(1, rows // n)
     with torch.inference_mode():

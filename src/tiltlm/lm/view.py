@@ -109,6 +109,10 @@ class View:
 
         The draw depends on `rng` and the prompts, not on how rows are batched (up to rounding in the model).
         """
+        return self.draw_part(prompts, n, rng, range(len(prompts)))
+
+    def draw_part(self, prompts: Prompts, n: int, rng: Generator, part: range) -> Draws:
+        """What `draw` gives for the prompts in `part`, as draws for those alone; `rng` moves on as if all had been drawn."""
         self._activate()
         raw = sample(
             self.body.backbone,
@@ -120,13 +124,14 @@ class View:
             rows=self.rows,
             has_stop=self._has_stop if self.law.stop else None,
             progress=self.progress,
+            part=part,
         )
         return Draws(
-            prompts=prompts,
+            prompts=prompts if len(part) == len(prompts) else prompts.select(part),
             tokens=raw.tokens,
             mask=raw.mask,
             ended=raw.ended,
-            prompt_index=torch.arange(len(prompts)).repeat_interleave(n),
+            prompt_index=torch.arange(len(part)).repeat_interleave(n),
             log_q=raw.log_q,
             texts=decode(raw.tokens, raw.mask, self.body.tokenizer),
             sampler=self.identity,
@@ -265,7 +270,7 @@ class ModelPrior(View):
             weights |= self.body.adapters.parameters(self.adapter)
         for name, value in weights.items():
             digest.update(f"{name}{tuple(value.shape)}".encode())
-            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16]
+            sample = value.detach().flatten()[:: max(1, value.numel() // 16)][:16].clone()  # numpy pins what it shares
             digest.update(sample.double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -49,6 +49,7 @@ from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
 from tiltlm.workflow.training import lora_of, training_of
 from tiltlm.workflow.uncertainty import check_uncertainty, uncertain_evidence
+from tiltlm.world import join
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,8 +260,12 @@ class Run:
     def prepare(self, *, resume: bool = False) -> float:
         """All that can be wrong before training: inputs, the folder, the temperature; returns the beta.
 
-        A resumed run leaves `recipe.json` and `plan.json` as they are until its settings have been found to be the same.
+        A resumed run leaves `recipe.json` and `plan.json` as they are until its settings have been found to be the same. Of
+        several processes the main one goes first, and the others find its draws and moments in the folder.
         """
+        return join().main_first(lambda: self._prepare(resume))
+
+    def _prepare(self, resume: bool) -> float:
         self.check()
         r = self.recipe
         require_writable_folder(r.folder)
@@ -276,10 +281,10 @@ class Run:
     def train(self, *, resume: bool = False, monitor: Monitor | None = None) -> float:
         """Train the policy, write it as an adapter (or a model) with a model card; returns the beta."""
         beta = self.prepare(resume=resume)
-        r = self.recipe
-        prior_draws = self._prior_draws(beta) if r.certify_every else None
+        r, world = self.recipe, join()
+        prior_draws = world.main_first(lambda: self._prior_draws(beta)) if r.certify_every else None
         monitor = monitor or Monitor(out=r.folder, trackers=r.trackers, config=r.model_dump())
-        target = self.target(beta)
+        target = world.main_first(lambda: self.target(beta))
         policy = fit(
             target,
             self.prompts if r.data is None else self.given.draws.prompts,
@@ -295,7 +300,7 @@ class Run:
             settings=training_of(r),
         )
         self._write("recipe.json", with_versions(self.recipe))
-        self._save_policy(policy, beta)
+        world.each(lambda: self._save_policy(policy, beta) if world.main else None)
         return beta
 
     def _save_policy(self, policy: Any, beta: float) -> None:
@@ -396,4 +401,5 @@ class Run:
         return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
-        write_json(self.recipe.folder / name, values)
+        if join().main:
+            write_json(self.recipe.folder / name, values)

@@ -1,8 +1,8 @@
-"""What a recipe says of the training loop."""
+"""What a recipe says of training, as `fit` takes it."""
 
 from __future__ import annotations
 
-from tiltlm.inference.fit import Training
+from tiltlm.inference.settings import Training
 from tiltlm.lm.adapters import LoRA
 from tiltlm.workflow.recipe import Recipe
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,6 +41,20 @@ class Tally:
         """As a training run logs them."""
         counts = {f"reward_calls/{what}": self.counts[what] for what in COUNTED}
         return {"seconds_reward": float(sum(self.seconds.values())), **counts}
+
+    def sent(self) -> tuple[dict[What, int], dict[str, float]]:
+        """Plain values, for another process."""
+        return dict(self.counts), dict(self.seconds)
+
+
+def merged(tallies: Sequence[tuple[Mapping[What, int], Mapping[str, float]]]) -> Tally:
+    """What several processes counted at the same time: all of their calls, and the seconds of the slowest in each function."""
+    whole = Tally()
+    for counts, seconds in tallies:
+        whole.counts.update(counts)
+        for label, taken in seconds.items():
+            whole.seconds[label] = max(whole.seconds[label], taken)
+    return whole
 
 
 _open: ContextVar[tuple[Tally, ...]] = ContextVar("open tallies", default=())
