@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiltlm.inference.optimise import Optimiser
 from tiltlm.lm.score import batches
+from tiltlm.mismatch import row_weights
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import Forward, Info, Scored
 
@@ -31,12 +32,14 @@ def accumulate(
     derivative with respect to every log-probability; then each micro-batch is run once with gradient and delivers its part.
     The engine sees the whole batch, whatever the memory.
 
+    Of draws that another program made for the sampler, each completion's derivative counts by its weight (`tiltlm.mismatch`).
+
     Args:
         fresh: all of the draws are of the policy as it is, so the values are known from drawing.
     """
     needs, draws = engine.claim.needs, scored.draws
-    parts = list(batches(draws, micro_tokens))
-    if len(parts) == 1:
+    parts, weights = list(batches(draws, micro_tokens)), row_weights(draws)
+    if len(parts) == 1 and weights is None:
         loss, info = engine.loss(policy.forward(draws, needs), scored, state)
         loss.backward()
         optimiser.gather()
@@ -49,6 +52,10 @@ def accumulate(
     leaves = _map(values, lambda t: t.detach().clone().requires_grad_())
     loss, info = engine.loss(leaves, scored, state)
     loss.backward()
+    if weights is not None:
+        for leaf in leaves.leaves():
+            if leaf.grad is not None:
+                leaf.grad *= weights[:, None].to(leaf.grad)
     for rows in parts:
         forward = policy.forward(draws.select(rows), needs)
         pairs = [

@@ -29,6 +29,7 @@ from tiltlm.inference.source import Source, batch_of, default_source, require_so
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.inference.watch import Watch
 from tiltlm.lm.adapters import LoRA
+from tiltlm.mismatch import Mismatch
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Prompts, Scored
 from tiltlm.seeds import generator
@@ -265,6 +266,7 @@ class _Loop:
             "seconds_draw": drawn - began,
             "seconds_update": ended - drawn,
             **tally.metrics(),
+            **(Mismatch.of(fresh.draws).metrics() if fresh.draws.log_mu is not None else {}),
             **parts,
             **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},

@@ -14,7 +14,8 @@ from tiltlm.inference.monitor import Monitor
 from tiltlm.inference.source import Decoded, Replay
 from tiltlm.report.comparison import write_comparison
 from tiltlm.workflow.files import require_writable_folder, write_json
-from tiltlm.workflow.run import Run, lora_of, training_of
+from tiltlm.workflow.run import Run
+from tiltlm.workflow.training import lora_of, training_of
 
 TEACHER = "best-of-n"
 """Whose samples an engine learns from that learns from given completions."""

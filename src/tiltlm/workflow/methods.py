@@ -27,8 +27,8 @@ from tiltlm.records import Prompts, Weighted
 from tiltlm.weights import group_sum, normalise
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.recipe import for_method
-from tiltlm.workflow.run import lora_of, training_of
 from tiltlm.workflow.templates import SOURCE, templated
+from tiltlm.workflow.training import lora_of, training_of
 
 if TYPE_CHECKING:
     from tiltlm.workflow.run import Run

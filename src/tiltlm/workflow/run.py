@@ -25,9 +25,8 @@ from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
 from tiltlm.inference.decoding.budget import within
-from tiltlm.inference.fit import Training, fit, refuse_earlier
+from tiltlm.inference.fit import fit, refuse_earlier
 from tiltlm.inference.monitor import Monitor
-from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
@@ -36,6 +35,7 @@ from tiltlm.report.card import model_card
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
+from tiltlm.workflow.generators import generator_of
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
@@ -46,6 +46,7 @@ from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
+from tiltlm.workflow.training import lora_of, training_of
 
 Progress = Callable[[str, int], Callable[[int], None]]
 """(what, how many) -> a function that is told how many more are done."""
@@ -73,6 +74,7 @@ class Run:
             chat=r.chat,
             column=r.column,
             adapter=r.prior_adapter,
+            generator=generator_of(r),
         )
 
     @cached_property
@@ -118,14 +120,16 @@ class Run:
         return reward_of(self.recipe.reward, self.lm, self._load)[0]
 
     def close(self) -> None:
-        """End what rewards hold, worker processes and files; a later step takes them anew."""
+        """End what rewards and the generator hold, processes and files; a later step takes them anew."""
         if "_load" in self.__dict__:
             self._load.close()
+        if "prior" in self.__dict__ and self.prior.generator is not None:
+            self.prior.generator.close()
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
         r = self.recipe
-        _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r), generator_of(r)
         if r.gold is not None:
             reward_of(r.gold, r.model, self._load, "gold")
 
@@ -386,15 +390,3 @@ class Run:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         write_json(self.recipe.folder / name, values)
-
-
-def lora_of(recipe: Recipe) -> LoRA | None:
-    """The adapter to train; None trains all weights."""
-    r = recipe
-    return LoRA(r.lora_r, r.lora_alpha, tuple(r.lora_targets) or "all-linear") if r.lora_r else None
-
-
-def training_of(recipe: Recipe) -> Training:
-    """The loop's settings."""
-    names = set(Training.__dataclass_fields__)
-    return Training(**{name: value for name, value in recipe.model_dump().items() if name in names})
