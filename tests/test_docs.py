@@ -98,6 +98,7 @@ PAGES = [
     "evaluation",
     "data",
     "start",
+    "vllm",
 ]
 
 

@@ -60,7 +60,7 @@ class VLLM:
         self._folder = None if folder is None else Path(folder)
         self._engine: _Engine | None = None
         self._in_place = BASE  # whose weights the base model has
-        self._ids: dict[str, int] = {}  # of every adapter that was drawn from, by its name
+        self._adapter: tuple[str, int] | None = None  # the one that is loaded: its name, and its id, which no other ever had
 
     def __str__(self) -> str:
         return "vLLM in this process"
@@ -71,12 +71,13 @@ class VLLM:
         self._reload(llm, view, Weights(BASE, "base") if weights.kind == "adapter" else weights)
         if weights.kind != "adapter":
             return BASE
-        if weights.name not in self._ids:
+        if self._adapter is None or weights.name != self._adapter[0]:
             weights.write(view, self._root)
-            self._ids[weights.name] = len(self._ids) + 1
-            for old in set(self._ids) - {weights.name}:
-                llm.llm_engine.remove_lora(self._ids[old])
-                shutil.rmtree(self._root / old, ignore_errors=True)
+            name, number = self._adapter or ("", 0)
+            if number:
+                llm.llm_engine.remove_lora(number)
+                shutil.rmtree(self._root / name, ignore_errors=True)
+            self._adapter = weights.name, number + 1
         return weights.name
 
     def _reload(self, llm: Any, view: View, weights: Weights) -> None:
@@ -93,9 +94,9 @@ class VLLM:
         assert self._engine is not None
         vllm, adapter = self._engine.module, None
         if terms.weights != BASE:
-            adapter = importlib.import_module("vllm.lora.request").LoRARequest(
-                terms.weights, self._ids[terms.weights], str(self._root / terms.weights)
-            )
+            assert self._adapter is not None
+            lora = importlib.import_module("vllm.lora.request")
+            adapter = lora.LoRARequest(*self._adapter, str(self._root / terms.weights))
         parameters = [
             vllm.SamplingParams(
                 n=request.n,
@@ -170,8 +171,7 @@ class VLLM:
     def _stop(self) -> None:
         if self._engine is not None:
             self._engine.llm.llm_engine.engine_core.shutdown()
-            self._engine, self._in_place = None, BASE
-            self._ids.clear()
+            self._engine, self._in_place, self._adapter = None, BASE, None
             gc.collect()
 
     def close(self) -> None:
