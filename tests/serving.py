@@ -118,9 +118,9 @@ class Serving:
         prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool), ("",))
         draws = prior.draw(prompts, body["n"], torch.Generator().manual_seed(body["seed"] % 2**63))
         choices = []
-        for row, (ids, keep, log_q) in enumerate(zip(draws.tokens, draws.mask, draws.log_q, strict=True)):
-            ids, log_q = ids[keep].tolist(), log_q[keep].tolist()
-            choices.append(self.mangle({"index": row, "token_ids": ids, "logprobs": {"token_logprobs": log_q}}))
+        for row, (tokens, keep, log_q) in enumerate(zip(draws.tokens, draws.mask, draws.log_q, strict=True)):
+            known = {"token_logprobs": log_q[keep].tolist()}
+            choices.append(self.mangle({"index": row, "token_ids": tokens[keep].tolist(), "logprobs": known}))
         return 200, {"choices": choices[::-1]}  # in whatever order they finished
 
 

@@ -1,6 +1,6 @@
 """Completions from a server that speaks vLLM's endpoints: the draws are our law's, the weights arrive, and faults are sentences.
 
-The server is tests/serving.py, a process's worth of its own model behind a socket. vLLM itself: tests/test_vllm.py.
+The server is tests/serving.py, with a model of its own behind a socket. vLLM itself: tests/test_vllm.py.
 """
 
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiltlm as tl
-from conftest import make_tokenizer, settings, write
+from conftest import settings, write
 from serving import Serving
 from tiltlm.lm.generators.protocol import Continuation
 from tiltlm.posterior import exact as ex
@@ -76,9 +76,9 @@ class TestDraws:
     @pytest.mark.parametrize("fault", [{}, {"deaf": True}, {"most": 3}, {"deaf": True, "most": 2}], ids=str)
     def test_a_completion_ends_where_our_law_ends_it_whatever_the_server_does(self, folder, rng, fault):
         with Serving(folder, **fault) as server:
-            prior = prior_at(server, folder, stop=("o", "th"), max_new_tokens=12)
-            draws = prior.draw_weighted(prior.encode(PROMPTS), 12, rng)
-        assert 0.2 < draws.ended.double().mean() < 1
+            prior = prior_at(server, folder, stop=("o", "th"), max_new_tokens=10)
+            draws = prior.draw_weighted(prior.encode(PROMPTS), 16, rng)
+        assert 0.05 < draws.ended.double().mean() < 0.6
         assert tl.Mismatch.of(draws).largest < 1e-3
         for ids, keep, ended in zip(draws.tokens, draws.mask, draws.ended, strict=True):
             assert_complete(prior, ids[keep].tolist(), bool(ended))
@@ -138,18 +138,18 @@ class TestExactDraws:
 
     def test_they_have_our_law(self, rng):
         world, prior, exact = self.truth(0.25)
-        draws = prior.draw(world.prompts, 4000, rng)
-        assert len(draws) == 4000
+        draws = prior.draw(world.prompts, 2500, rng)
+        assert len(draws) == 2500
         assert draws.log_mu is None
         assert draws.sampler == prior.identity
-        rough = replace(prior.draw_weighted(world.prompts, 4000, rng), log_mu=None)
+        rough = replace(prior.draw_weighted(world.prompts, 2500, rng), log_mu=None)
         place = {ids: row for row, ids in enumerate(exact.completions)}
         error = {}
         for name, some in (("exact", draws), ("as they come", rough)):
             seen = torch.zeros(len(place), dtype=torch.float64)
             for ids, keep in zip(some.tokens, some.mask, strict=True):
                 seen[place[tuple(ids[keep].tolist())]] += 1
-            expected = 4000 * exact.log_prior.exp()
+            expected = 2500 * exact.log_prior.exp()
             error[name] = float(((seen - expected) ** 2 / expected).sum()) / (
                 len(place) - 1
             )  # chi-squared a degree of freedom
@@ -241,38 +241,36 @@ def without(name):
     return lambda choice: {key: value for key, value in choice.items() if key != name}
 
 
+def nothing(choice):
+    return {**choice, "token_ids": [], "logprobs": {"token_logprobs": []}}
+
+
+def a_token_short(choice):
+    return {**choice, "token_ids": choice["token_ids"][:-1]}
+
+
+WRONG = {
+    "log-probabilities": (shifted_log_probs, "differs by 0.5 nats on average"),
+    "no ids": (without("token_ids"), "completions without token ids or log-probabilities"),
+    "no log-probabilities": (without("logprobs"), "completions without token ids or log-probabilities"),
+    "a token short": (a_token_short, "not a log-probability for each token"),
+    "nothing": (nothing, "stopped a completion after 0 of 8 tokens and does not go on"),
+}
+
+
 class TestFaults:
-    @pytest.mark.parametrize(
-        ("fault", "sentence"),
-        [
-            ({"mangle": shifted_log_probs}, "differs by 0.5 nats on average"),
-            ({"mangle": without("token_ids")}, "completions without token ids or log-probabilities"),
-            ({"mangle": without("logprobs")}, "completions without token ids or log-probabilities"),
-            (
-                {"mangle": lambda choice: {**choice, "token_ids": choice["token_ids"][:-1]}},
-                "not a log-probability for each token",
-            ),
-            ({"most": 0}, None),
-        ],
-        ids=["wrong log-probs", "no ids", "no log-probs", "a token short", "no tokens"],
-    )
-    def test_wrong_answers(self, folder, rng, fault, sentence):
-        if sentence is None:
-            fault, sentence = (
-                {"mangle": lambda c: {**c, "token_ids": [], "logprobs": {"token_logprobs": []}}},
-                "does not go on",
-            )
-        with Serving(folder, **fault) as server, pytest.raises(tl.InputError, match=sentence):
+    @pytest.mark.parametrize(("mangle", "sentence"), WRONG.values(), ids=WRONG)
+    def test_wrong_answers(self, folder, rng, mangle, sentence):
+        with Serving(folder, mangle=mangle) as server:
             prior = prior_at(server, folder)
-            prior.draw(prior.encode(PROMPTS), 4, rng)
+            with pytest.raises(tl.InputError, match=sentence):
+                prior.draw(prior.encode(PROMPTS), 4, rng)
 
     def test_another_model(self, models, folder, rng):
-        with (
-            Serving(models / "other") as server,
-            pytest.raises(tl.InputError, match="draws from another law.*serves the same model"),
-        ):
+        with Serving(models / "other") as server:
             prior = prior_at(server, folder)
-            prior.draw(prior.encode(PROMPTS), 16, rng)
+            with pytest.raises(tl.InputError, match="draws from another law.*serves the same model"):
+                prior.draw(prior.encode(PROMPTS), 16, rng)
 
     def test_a_server_that_is_down(self, folder, rng):
         with Serving(folder) as server:
@@ -312,13 +310,8 @@ class TestFaults:
             prior.draw(long, 1, rng)
 
     def test_settings(self, server, folder, rng):
-        for arguments, sentence in (
-            (("localhost:8000",), "generator is 'localhost:8000'; give the address"),
-            (("http://a", "b"), None),
-        ):
-            if sentence:
-                with pytest.raises(tl.InputError, match=sentence):
-                    tl.VLLMServer(*arguments)
+        with pytest.raises(tl.InputError, match="generator is 'localhost:8000'; give the address"):
+            tl.VLLMServer("localhost:8000")
         with pytest.raises(tl.InputError, match="timeout is 0"):
             tl.VLLMServer("http://a", timeout=0)
         with pytest.raises(tl.InputError, match="concurrency is 0"):
@@ -338,14 +331,14 @@ class TestFaults:
 
 
 class TestTheLoop:
-    def test_training_over_http_follows_our_own_sampler_and_logs_the_mismatch(self, server, folder, tmp_path):
+    def test_training_over_http_logs_the_mismatch_and_wastes_no_draw(self, server, folder, tmp_path):
         prior = prior_at(server, folder)
         target = prior * tl.Reward(lambda completions: [len(set(c)) / 8 for c in completions], beta=0.2, bounds=(0, 4))
         policy = tl.fit(target, PROMPTS, tl.RLOO(group=4), steps=3, batch=2, lr=1e-2, lora=tl.LoRA(2), out=tmp_path)
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3]
         assert all(line["mismatch/mean"] < 1e-4 and line["mismatch/ess"] > 0.999 for line in lines)
-        assert all(line["drawn"] == 8 for line in lines)  # nothing is wasted
+        assert all(line["drawn"] == 8 for line in lines)
         assert len(server.calls("/v1/load_lora_adapter")) == 3
         assert tl.certify(policy, target, PROMPTS, samples=8).kl_prior.value > 0
 
@@ -389,7 +382,3 @@ class TestCommands:
         assert "cannot be reached" in refused(
             "plan", recipe, "--generator", "http://127.0.0.1:9", "--generator-options", "retries=0"
         )
-
-
-def test_the_tokenizer_of_the_tests_has_what_the_stops_need():
-    assert make_tokenizer().encode("o", add_special_tokens=False)

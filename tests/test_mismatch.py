@@ -195,7 +195,10 @@ class TestMeasure:
         log_q[0, 0] = -math.inf
         impossible = replace(draws, log_q=log_q)
         assert row_weights(impossible)[0] == 0
-        assert tl.Mismatch.of(impossible).largest == math.inf
+        found = tl.Mismatch.of(impossible)
+        assert found.largest == found.kl == math.inf
+        assert found.mean < 1
+        assert found.ess < tl.Mismatch.of(draws).ess
 
     def test_too_much_is_refused_in_a_sentence(self, near, far):
         tl.Tolerance(mean=0.5).require(near.scored(near.log_mu).draws, "it")

@@ -34,9 +34,9 @@ class Mismatch:
     """How far the law that drew a batch is from the law that its draws count for.
 
     Attributes:
-        mean: mean over tokens of |log q - log mu|, in nats.
-        largest: the largest of them.
-        kl: mean over completions of log mu - log q: an estimate of KL(mu || q), in nats.
+        mean: mean over tokens of |log q - log mu|, in nats; of those that our law can draw at all, which with top-k may not be all.
+        largest: the largest of all of them.
+        kl: mean over completions of log mu - log q: an estimate of KL(mu || q), in nats; infinite where our law cannot draw one.
         ess: effective sample size of the completions' weights, as a share of their number; 1 where the laws are equal.
         lost: probability of our law that truncated weights leave out.
     """
@@ -53,7 +53,7 @@ class Mismatch:
         ratio, gaps = log_ratio(draws), _token_ratio(draws).abs()[draws.mask]
         share = (2 * ratio.logsumexp(0) - (2 * ratio).logsumexp(0)).exp() / max(1, len(ratio))
         return Mismatch(
-            mean=float(gaps.mean()) if len(gaps) else 0.0,
+            mean=float(gaps[gaps.isfinite()].mean().nan_to_num(nan=0.0)),
             largest=float(gaps.max()) if len(gaps) else 0.0,
             kl=float(-ratio.mean()),
             ess=float(share.nan_to_num(nan=0.0)),  # no weight at all is no sample at all

@@ -60,7 +60,9 @@ class VLLM:
         self._folder = None if folder is None else Path(folder)
         self._engine: _Engine | None = None
         self._in_place = BASE  # whose weights the base model has
-        self._adapter: tuple[str, int] | None = None  # the one that is loaded: its name, and its id, which no other ever had
+        self._adapter: tuple[str, int] | None = (
+            None  # the one that is loaded: its name, and its id, which no other ever had
+        )
 
     def __str__(self) -> str:
         return "vLLM in this process"

@@ -19,7 +19,7 @@ from tiltlm.mismatch import Tolerance
 if TYPE_CHECKING:
     from tiltlm.lm.view import View
 
-SERVE = "vllm serve MODEL --enable-lora --max-lora-rank 16 --logprobs-mode processed_logprobs"
+SERVE = "vllm serve MODEL --enable-lora --max-lora-rank 16 --logprobs-mode processed_logprobs --dtype bfloat16"
 ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
 DEVELOP = "VLLM_SERVER_DEV_MODE=1"
 
