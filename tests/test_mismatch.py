@@ -202,6 +202,14 @@ class TestMeasure:
 
     def test_too_much_is_refused_in_a_sentence(self, near, far):
         tl.Tolerance(mean=0.5).require(near.scored(near.log_mu).draws, "it")
+        few = far.scored(far.log_mu).draws
+        many = tl.Draws.concatenate([few] * 5)
+        tl.Tolerance(mean=9).require(few, "it")  # too few to tell by their weights
+        with pytest.raises(tl.InputError, match="% of the draws count"):
+            tl.Tolerance(mean=9).require(many, "it")
+        none = replace(few, log_q=torch.full_like(few.log_q, -math.inf))
+        with pytest.raises(tl.InputError, match="0% of the draws count"):
+            tl.Tolerance(mean=9).require(none, "it")
         with pytest.raises(
             tl.InputError, match="it draws from another law than the model here: .* nats on average.*newest adapter"
         ):

@@ -27,6 +27,8 @@ TRUNCATE = 2.0
 """The largest weight that a completion may have."""
 LEAST_CEILING = 1.25
 """The least that `ceilings` gives: below it nothing would be saved."""
+ENOUGH = 32
+"""Completions from which a batch's weights can be judged: of fewer, one large weight is most of them by chance."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Tolerance:
 
     Attributes:
         mean: largest mean |log q - log mu| of a token, in nats.
-        ess: least effective share of a batch.
-        lost: largest probability that truncation may leave out.
+        ess: least effective share of a batch, of those with at least `ENOUGH` completions.
+        lost: largest probability that truncation may leave out, of such a batch.
     """
 
     mean: float = 0.1
@@ -97,7 +99,8 @@ class Tolerance:
             InputError: with what was measured, and what may be wrong.
         """
         found = Mismatch.of(draws)
-        if found.mean <= self.mean and found.ess >= self.ess and found.lost <= self.lost:
+        least, most = (self.ess, self.lost) if len(draws) >= ENOUGH else (1e-9, math.inf)
+        if found.mean <= self.mean and found.ess >= least and found.lost <= most:
             return
         raise InputError(
             f"{whose} draws from another law than the model here: a token's log-probability differs by {found.mean:.3g} nats on "

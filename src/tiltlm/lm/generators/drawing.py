@@ -23,7 +23,7 @@ from torch import Generator as RandomNumbers
 
 from tiltlm.errors import InputError
 from tiltlm.lm.generators.protocol import Continuation, Generator, Request, Terms
-from tiltlm.mismatch import LEAST_CEILING, accept, ceilings, log_ratio
+from tiltlm.mismatch import LEAST_CEILING, TRUNCATE, accept, ceilings, log_ratio
 from tiltlm.protocols import Law
 from tiltlm.records import Draws, Prompts
 from tiltlm.weights import group_count
@@ -52,15 +52,14 @@ def exact(view: View, generator: Generator, prompts: Prompts, n: int, rng: Rando
         InputError: as `weighted`.
     """
     kept: list[Draws] = []
+    seen = torch.zeros(0, dtype=torch.float64)
     found = torch.zeros(len(prompts), dtype=torch.long)
+    surplus = LEAST_CEILING  # in the first round; what is then missing is little, and had better come at once
     while any(missing := [max(0, n - count) for count in found.tolist()]):
-        some = (
-            2.0 if kept else LEAST_CEILING
-        )  # of the first round about as many are kept as are wanted; later ones are small
-        draws = _asked(view, generator, prompts, [math.ceil(some * count) for count in missing], rng)
-        ratio = log_ratio(draws)
+        draws = _asked(view, generator, prompts, [math.ceil(surplus * count) for count in missing], rng)
+        seen, surplus = torch.cat([seen, log_ratio(draws)]), TRUNCATE
         uniform = torch.rand(len(draws), generator=rng, dtype=torch.float64)
-        rows = accept(ratio, ceilings(ratio), uniform).nonzero().flatten()
+        rows = accept(seen[-len(draws) :], ceilings(seen)[-len(draws) :], uniform).nonzero().flatten()
         kept.append(replace(draws.select(rows), log_mu=None))
         found += group_count(kept[-1].prompt_index, len(prompts))
     everything = Draws.concatenate(kept)
