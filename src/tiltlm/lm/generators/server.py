@@ -93,9 +93,9 @@ class VLLMServer:
         path = weights.write(view, self._root)
         if weights.name not in self._models():  # another run may have left the same weights there
             body = {"lora_name": weights.name, "lora_path": self._there(path)}
-            self._post("/v1/load_lora_adapter", body, f"start it with {ALLOW} {SERVE}")
+            self._call("/v1/load_lora_adapter", body, f"start it with {ALLOW} {SERVE}")
         if self._adapter is not None:  # the new one is there: the old one is not needed any more
-            self._post("/v1/unload_lora_adapter", {"lora_name": self._adapter}, "restart it")
+            self._call("/v1/unload_lora_adapter", {"lora_name": self._adapter}, "restart it")
             shutil.rmtree(self._root / self._adapter, ignore_errors=True)
         self._adapter = weights.name
 
@@ -107,8 +107,8 @@ class VLLMServer:
         remedy = (
             f"start it with {DEVELOP} vllm serve MODEL, and only where nobody else can reach it; or train an adapter"
         )
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, remedy)
-        self._post("/reset_prefix_cache", {}, remedy)
+        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, remedy)
+        self._call("/reset_prefix_cache", {}, remedy)
         shutil.rmtree(self._root / self._in_place, ignore_errors=True)
         self._in_place = weights.name
 
@@ -201,9 +201,6 @@ class VLLMServer:
             ) from error
         secret = os.environ.get(self.key) or "none"
         return openai.OpenAI(base_url=self.url, api_key=secret, timeout=self.timeout, max_retries=self.retries)
-
-    def _post(self, path: str, body: Mapping[str, Any], remedy: str) -> None:
-        self._call(path, body, remedy)
 
     def _call(self, path: str, body: Mapping[str, Any] | None, remedy: str) -> Any:
         """The answer to a request, as JSON if it is any.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,8 +15,6 @@ from safetensors import SafetensorError
 from tiltlm.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tiltlm.lm.view import View
 
 BASE = "base"
