@@ -112,7 +112,7 @@ class TestTiny:
     def test_training_and_certificate(self, generator, tiny):
         prior = tl.load(tiny).prior(max_new_tokens=8, generator=generator)
         target = prior * tl.Reward(lambda completions: [len(set(c)) / 8 for c in completions], beta=0.1, bounds=(0, 4))
-        policy = tl.fit(target, PROMPTS, tl.RLOO(group=8), steps=20, batch=4, lr=2e-2, lora=tl.LoRA(8))
+        policy = tl.fit(target, PROMPTS, tl.RLOO(group=8), steps=20, batch=4, lr=5e-3, lora=tl.LoRA(8))
         through_vllm = tl.certify(policy, target, PROMPTS, samples=256, exact_budget=0)
         by_itself = tl.certify(replace(policy, generator=None), target, PROMPTS, samples=256, exact_budget=0, seed=1)
         before = tl.certify(prior, target, PROMPTS, samples=128, exact_budget=0).reward
