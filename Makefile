@@ -5,7 +5,7 @@ RUN := runs/demo
 FILM := recipes/film.yaml --out $(RUN)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-all check lint docs bench clean
+.PHONY: demo test test-all test-vllm vllm-env check lint docs bench clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TiltLM needs Python 3.11 or newer; run: make PYTHON=python3.12 …")'
@@ -32,6 +32,19 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(TEST) -m ""
 
+# vLLM for the CPU, in an environment of its own: it wants older transformers. TiltLM is in it as well, so that it can draw in process.
+VLLM := bench/.venv-vllm
+
+vllm-env: $(VLLM)/.installed
+
+$(VLLM)/.installed: bench/constraints-vllm.txt bench/environments.py
+	$(PYTHON) bench/environments.py vllm
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: vllm-env
+	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest -m slow tests/test_vllm.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +60,4 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/speed.py
 
 clean:
-	rm -rf .venv runs site .pytest_cache .ruff_cache
+	rm -rf .venv bench/.venv-* runs site .pytest_cache .ruff_cache

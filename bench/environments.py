@@ -1,6 +1,6 @@
 """The peers' environments: one each under bench/, pinned by a constraints file, made when it is first needed.
 
-Their requirements are not ours. Python's standard library only; `python bench/environments.py` makes all of them.
+Their requirements are not ours. Python's standard library only; `python bench/environments.py` makes all of them, `… vllm` that one.
 """
 
 from __future__ import annotations
@@ -72,11 +72,17 @@ PEERS = {
 
 
 def main() -> None:
-    for peer in PEERS.values():
+    chosen = sys.argv[1:] or list(PEERS)
+    if unknown := set(chosen) - set(PEERS):
+        raise SystemExit(f"no peer is called {', '.join(sorted(unknown))}; choose {', '.join(PEERS)}")
+    missing = []
+    for peer in map(PEERS.__getitem__, chosen):
         try:
             print(peer.python())
         except Unavailable as error:
-            print(error, file=sys.stderr)
+            missing.append(str(error))
+    if missing:
+        raise SystemExit("\n".join(missing))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ PAGES = [
     "data",
     "start",
     "devices",
+    "vllm",
 ]
 
 

@@ -81,11 +81,14 @@ if TYPE_CHECKING:
     from tiltlm.lm.adapters import LoRA
     from tiltlm.lm.classifier import load_classifier
     from tiltlm.lm.encoder import load_encoder
+    from tiltlm.lm.generators.in_process import VLLM
+    from tiltlm.lm.generators.server import VLLMServer
     from tiltlm.lm.given import demonstrations, preferences
     from tiltlm.lm.layers import TopLayers
     from tiltlm.lm.load import LanguageModel, load
     from tiltlm.lm.masked import load_masked_lm
     from tiltlm.lm.trunk import load_trunk
+    from tiltlm.mismatch import Mismatch, Tolerance
     from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
     from tiltlm.reward_models.calibration import Calibration, check_reward_model
     from tiltlm.reward_models.model import RewardModel
@@ -135,6 +138,7 @@ _HOME = {
     "MaskedEdits": "inference.decoding.kernels",
     "Members": "evidence.members",
     "MinimumRisk": "inference.training.policy_gradients.minimum_risk",
+    "Mismatch": "mismatch",
     "Mixture": "inference.decoding.kernels",
     "MixtureOfPosteriors": "evidence.uncertain",
     "Moment": "evidence.moments",
@@ -170,10 +174,13 @@ _HOME = {
     "SuffixResampling": "inference.decoding.kernels",
     "Target": "target",
     "TiltWarning": "errors",
+    "Tolerance": "mismatch",
     "TopLayers": "lm.layers",
     "Training": "inference.fit",
     "TrajectoryBalance": "inference.training.paths.trajectory_balance",
     "Tuning": "reward_models.tune",
+    "VLLM": "lm.generators.in_process",
+    "VLLMServer": "lm.generators.server",
     "ValueGuided": "inference.decoding.value_guided",
     "VarGrad": "inference.training.paths.var_grad",
     "VariancePenalised": "evidence.uncertain",
@@ -221,6 +228,7 @@ __all__ = [
     "SARSA",
     "SFT",
     "SMC",
+    "VLLM",
     "Batched",
     "BestOfN",
     "BestOfNReward",
@@ -254,6 +262,7 @@ __all__ = [
     "MaskedEdits",
     "Members",
     "MinimumRisk",
+    "Mismatch",
     "Mixture",
     "MixtureOfPosteriors",
     "Moment",
@@ -283,10 +292,12 @@ __all__ = [
     "SuffixResampling",
     "Target",
     "TiltWarning",
+    "Tolerance",
     "TopLayers",
     "Training",
     "TrajectoryBalance",
     "Tuning",
+    "VLLMServer",
     "ValueGuided",
     "VarGrad",
     "VariancePenalised",

@@ -97,6 +97,8 @@ class Draws:
             `max_new_tokens`. Both are outcomes.
         prompt_index: the row of `prompts` that each completion continues.
         log_q: log-probability of each token under the sampling law, 0 on padding.
+        log_mu: the same under the law that really drew, where a program drew whose law is not quite the sampler's, which the
+            draws count for (`tiltlm.mismatch`); None where it is.
         texts: the completions as text, without special tokens.
         sampler: identity of the sampler that drew them; lets a prior recognise its own draws.
     """
@@ -109,6 +111,7 @@ class Draws:
     log_q: Float[Tensor, "B T"]
     texts: tuple[str, ...]
     sampler: str = ""
+    log_mu: Float[Tensor, "B T"] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -133,6 +136,7 @@ class Draws:
             ended=self.ended[index],
             prompt_index=self.prompt_index[index],
             log_q=self.log_q[index],
+            log_mu=None if self.log_mu is None else self.log_mu[index],
             texts=tuple(self.texts[i] for i in index.tolist()),
         )
 
@@ -151,20 +155,24 @@ class Draws:
     def concatenate(parts: Sequence[Draws]) -> Draws:
         """Draws for the same prompts, one after the other; padded to the longest."""
         width = max(part.tokens.shape[1] for part in parts)
-
-        def wide(tensor: Tensor) -> Tensor:
-            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
-
+        exact = all(part.log_mu is None for part in parts)
         return replace(
             parts[0],
-            tokens=torch.cat([wide(p.tokens) for p in parts]),
-            mask=torch.cat([wide(p.mask) for p in parts]),
+            tokens=torch.cat([_wide(p.tokens, width) for p in parts]),
+            mask=torch.cat([_wide(p.mask, width) for p in parts]),
             ended=torch.cat([p.ended for p in parts]),
             prompt_index=torch.cat([p.prompt_index for p in parts]),
-            log_q=torch.cat([wide(p.log_q) for p in parts]),
+            log_q=torch.cat([_wide(p.log_q, width) for p in parts]),
+            log_mu=None
+            if exact
+            else torch.cat([_wide(p.log_q if p.log_mu is None else p.log_mu, width) for p in parts]),
             texts=tuple(text for p in parts for text in p.texts),
             sampler=parts[0].sampler if len({p.sampler for p in parts}) == 1 else "",
         )
+
+
+def _wide(tensor: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -249,9 +257,7 @@ class Scored:
         width = draws.tokens.shape[1]
         return Scored(
             draws=draws,
-            log_prior=torch.cat(
-                [torch.nn.functional.pad(p.log_prior, (0, width - p.log_prior.shape[1])) for p in parts]
-            ),
+            log_prior=torch.cat([_wide(p.log_prior, width) for p in parts]),
             log_evidence=torch.cat([p.log_evidence for p in parts]),
             rewards={name: torch.cat([p.rewards[name] for p in parts]) for name in parts[0].rewards},
             beta=parts[0].beta,

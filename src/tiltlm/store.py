@@ -30,8 +30,8 @@ def tensors_of(scored: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "log_evidence": scored.log_evidence,
         **{f"reward.{name}": value for name, value in scored.rewards.items()},
     }
-    if scored.pairs is not None:
-        tensors["pairs"] = scored.pairs
+    optional = {"pairs": scored.pairs, "log_mu": draws.log_mu}
+    tensors |= {name: value for name, value in optional.items() if value is not None}
     copies = {k: v.contiguous().clone() for k, v in tensors.items()}  # the prior's log_q may be the very log_prior
     return copies, {"texts": draws.texts, "beta": scored.beta, "dropped": scored.dropped}
 
@@ -47,6 +47,7 @@ def scored_of(tensors: Mapping[str, Tensor], values: Mapping[str, Any], prompts:
         tensors["prompt_index"],
         tensors["log_q"],
         tuple(values["texts"]),
+        log_mu=tensors.get("log_mu"),
     )
     return Scored(
         draws,

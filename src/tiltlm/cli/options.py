@@ -54,7 +54,7 @@ GROUPS = {
         "reward_retries",
         "reward_cache",
     ),
-    "Run": ("out", "seed"),
+    "Run": ("generator", "generator_options", "out", "seed"),
     "Application": ("test", "completion", "baselines"),
     "Samples": ("samples", "exact_budget"),
     "Training": (

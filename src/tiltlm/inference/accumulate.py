@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tiltlm.inference.optimise import Optimiser
 from tiltlm.lm.score import batches
+from tiltlm.mismatch import row_weights
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import Forward, Info, Scored
 
@@ -36,7 +37,7 @@ def accumulate(
     """
     needs, draws = engine.claim.needs, scored.draws
     parts = list(batches(draws, micro_tokens))
-    if len(parts) == 1:
+    if len(parts) == 1 and draws.log_mu is None:
         loss, info = engine.loss(policy.forward(draws, needs), scored, state)
         loss.backward()
         optimiser.gather()
@@ -56,10 +57,18 @@ def accumulate(
 def derivatives(
     engine: TrainingEngine[Any], values: Forward, scored: Scored, state: Any
 ) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
-    """The loss of these values; and leaves, in the order of `Forward.leaves`, that hold its derivatives (None: there is none)."""
+    """The loss of these values; and leaves, in the order of `Forward.leaves`, that hold its derivatives (None: there is none).
+
+    Of draws that another program made for the sampler, each completion's derivative counts by its weight (`tiltlm.mismatch`).
+    """
     watched = _map(values, lambda t: t.detach().clone().requires_grad_())
     loss, info = engine.loss(watched, scored, state)
     loss.backward()
+    weights = row_weights(scored.draws)
+    if weights is not None:
+        for leaf in watched.leaves():
+            if leaf.grad is not None:
+                leaf.grad *= weights[:, None].to(leaf.grad)
     # what a target network says has no gradient in a pass, and so an engine need not detach it; here all leaves are watched
     return loss.detach(), {name: value.detach() for name, value in info.items()}, watched.leaves()
 

@@ -230,7 +230,15 @@ def sum_gradients(world: World, optimiser: Optimiser) -> None:
 
 
 def divided(target: Target, policy: Policy, world: World, shard: bool) -> tuple[Target, DividedPolicy]:
-    """Target and policy as `world` shares their work; with `shard`, and the weights."""
+    """Target and policy as `world` shares their work; with `shard`, and the weights.
+
+    Raises:
+        InputError: for a sampler whose draws another program makes; it would be asked for everything by every process.
+    """
+    if any(getattr(sampler, "generator", None) is not None for sampler in (target.prior, policy)):
+        raise InputError(
+            f"generator is set, but {world.size} processes were launched; a generator serves one process: leave it out, or launch one"
+        )
     shared = Target(DividedSampler(target.prior, world), DividedEvidence(target.evidence, world))  # pyright: ignore
     return shared, (ShardedPolicy if shard else DividedPolicy)(policy, world)
 

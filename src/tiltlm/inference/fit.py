@@ -32,6 +32,7 @@ from tiltlm.inference.source import Batch, Source, batch_of, default_source, req
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.inference.watch import Watch
 from tiltlm.lm.adapters import LoRA
+from tiltlm.mismatch import Mismatch
 from tiltlm.protocols import Policy, TrainingEngine
 from tiltlm.records import POLICY_FIELDS, Info, Prompts, Scored
 from tiltlm.seeds import generator
@@ -209,6 +210,7 @@ class _Loop:
             "seconds_update": ended - drawn,
             **tally.metrics(),
             **{f"reward/{name}": float(value.mean()) for name, value in fresh.rewards.items()},
+            **(Mismatch.of(fresh.draws).metrics() if fresh.draws.log_mu is not None else {}),
             **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
         }

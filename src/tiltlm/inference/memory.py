@@ -32,6 +32,10 @@ class DrawMemory:
         tensors, values = tensors_of(scored)
         slots = [self._slot(prompt, text) for prompt, text in zip(_owners(scored), values["texts"], strict=True)]
         self._beta = values["beta"]
+        if "log_mu" in {*tensors, *self._tensors}:  # draws without it are of the law on their log_q
+            tensors.setdefault("log_mu", tensors["log_q"])
+            if "log_q" in self._tensors:
+                self._tensors.setdefault("log_mu", self._tensors["log_q"].clone())
         for name, new in tensors.items():
             held = _with_room(self._tensors.get(name, new[:0]), len(self), new.shape[1:])
             held[slots] = torch.nn.functional.pad(new, (0, held.shape[1] - new.shape[1])) if new.dim() == 2 else new

@@ -129,7 +129,8 @@ class _Drawing(_Memoryless):
     prompts: Prompts
 
     def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        draws = self.sampler.draw(self.prompts.select(index), group, rng)
+        draw = getattr(self.sampler, "draw_weighted", self.sampler.draw)
+        draws = draw(self.prompts.select(index), group, rng)
         scored = self.target.score(draws)
         return Batch(scored, None if self.sampler is self.target.prior else scored, len(draws))
 

@@ -175,6 +175,11 @@ class AdapterSwitch:
             if f".{name}." in key and "lora_" in key
         }
 
+    def scale(self, name: str) -> float:
+        """What the adapter's update is multiplied by, over its rank."""
+        assert self.peft is not None
+        return float(self.peft.peft_config[name].lora_alpha)  # pyright: ignore[reportAttributeAccessIssue]
+
     def save(self, name: str, folder: Path, task: str | None = None) -> None:
         """Write the adapter in PEFT's format, at the folder's top.
 

@@ -246,7 +246,7 @@ def new_critic(prior: ModelPrior, lora: LoRA | None, start: str | Path | None, s
         switch.train(adapter)
     head = head.to(prior.body.model.device)
     return ModelCritic(
-        **prior._parts(
+        **replace(prior, generator=None)._parts(  # whose models have no tilt
             replace(prior.body, backbone=backbone.tilted(lambda raw: head(raw)[1])), adapter or prior.adapter
         ),
         prior=prior,

@@ -31,6 +31,7 @@ from transformers.utils import logging
 from tiltlm.cache import cache_folder
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch
+from tiltlm.lm.generators.protocol import Generator
 from tiltlm.lm.kinds import backbone_of, class_of, processor_of
 from tiltlm.lm.scratch import efficientnet_lite  # noqa: F401  folders with this encoder load
 from tiltlm.lm.view import Body, ModelPrior
@@ -69,6 +70,7 @@ class LanguageModel:
         image: str = "image",
         adapter: str | Path | None = None,
         rows: int = 256,
+        generator: Generator | None = None,
     ) -> ModelPrior:
         """The model's law over completions.
 
@@ -80,12 +82,14 @@ class LanguageModel:
             adapter: folder of a PEFT adapter: the prior is the base with this adapter, frozen. Without it the
                 prior is the model as it was loaded.
             rows: most completions in the model at a time.
+            generator: draws completions for the prior and its policies, such as `VLLM()` or `VLLMServer("http://host:8000")`.
         """
         law = Law(max_new_tokens, temperature, top_k, tuple(stop))
         active = self.adapter if adapter is None else self.body.adapters.load(adapter)
         if chat and self.body.templater.chat_template is None:
             raise InputError(f"chat is on, but {self.body.name} has no chat template; use an instruction-tuned model")
-        return ModelPrior(self.body, law, active, chat=chat, column=column, image=image, rows=rows)
+        asked = {"chat": chat, "column": column, "image": image, "rows": rows, "generator": generator}
+        return ModelPrior(self.body, law, active, **asked)
 
 
 def load(

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tiltlm.errors import InputError
 from tiltlm.lm.adapters import AdapterSwitch, LoRA
 from tiltlm.lm.backbone import Backbone
+from tiltlm.lm.generators.drawing import exact, weighted
+from tiltlm.lm.generators.protocol import Generator as CompletionGenerator
 from tiltlm.lm.head import apply_law, token_kl, token_log_prob
 from tiltlm.lm.heads import ValueHead
 from tiltlm.lm.kinds import backbone_of, reads_images
@@ -84,6 +86,7 @@ class View:
         image: the column that holds its image, where the model reads images.
         rows: most completions in the model at a time when drawing.
         progress: called with the number of completions that have just been drawn.
+        generator: draws whole completions for this sampler, such as `VLLM()`; None leaves it to our own. The law is the same.
     """
 
     body: Body
@@ -94,6 +97,7 @@ class View:
     image: str = "image"
     rows: int = 256
     progress: Callable[[int], None] | None = None
+    generator: CompletionGenerator | None = None
 
     def encode(self, data: Prompts | Sequence[Any]) -> Prompts:
         """Tokenise prompts: strings, conversations, rows, images. `Prompts` pass through."""
@@ -109,6 +113,8 @@ class View:
 
         The draw depends on `rng` and the prompts, not on how rows are batched (up to rounding in the model).
         """
+        if self.generator is not None:
+            return exact(self, self.generator, prompts, n, rng)
         return self.draw_part(prompts, n, rng, range(len(prompts)))
 
     def draw_part(self, prompts: Prompts, n: int, rng: Generator, part: range) -> Draws:
@@ -136,6 +142,12 @@ class View:
             texts=decode(raw.tokens, raw.mask, self.body.tokenizer),
             sampler=self.identity,
         )
+
+    def draw_weighted(self, prompts: Prompts, n: int, rng: Generator) -> Draws:
+        """The same for training: a generator's draws come as they are, with `log_mu`, and count by weights (`tiltlm.mismatch`)."""
+        if self.generator is None:
+            return self.draw(prompts, n, rng)
+        return weighted(self, self.generator, prompts, n, rng)
 
     def log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
         """Log-probability of each token of `draws` under this law, without gradient."""
@@ -285,7 +297,9 @@ class ModelPrior(View):
         return ModelPolicy(**self._parts(body, None), prior=self)
 
     def _parts(self, body: Body, adapter: str | None) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in ("law", "chat", "column", "image", "rows", "progress")}
+        kept = {
+            name: getattr(self, name) for name in ("law", "chat", "column", "image", "rows", "progress", "generator")
+        }
         return {"body": body, "adapter": adapter, **kept}
 
     def _full_copy(self) -> Body:

@@ -204,6 +204,11 @@ class Recipe(BaseModel):
     stop_on_hacking: bool = Field(False, description="stop when the reward rises while gold falls")
     trackers: list[str] = Field([], description="tensorboard, wandb, trackio")
 
+    generator: str | None = Field(
+        None,
+        description="what draws completions instead of our sampler: vllm, or a vllm serve's address, http://host:8000",
+    )
+    generator_options: dict[str, Any] = Field({}, description="the generator's own settings, as name=value")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of everything random")
     out: str = Field("runs/tilt", description="folder of the run")
 

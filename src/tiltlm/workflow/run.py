@@ -36,6 +36,7 @@ from tiltlm.report.card import model_card
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
+from tiltlm.workflow.generators import generator_of
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
 from tiltlm.workflow.moments import load_moments, solve_moments
 from tiltlm.workflow.policies import policy_folder, read_policy, trained_beta
@@ -74,6 +75,7 @@ class Run:
             chat=r.chat,
             column=r.column,
             adapter=r.prior_adapter,
+            generator=generator_of(r),
         )
 
     @cached_property
@@ -118,14 +120,16 @@ class Run:
         return reward_of(self.recipe.reward, self.lm, self._load)[0]
 
     def close(self) -> None:
-        """End what rewards hold, worker processes and files; a later step takes them anew."""
+        """End what rewards and the generator hold, processes and files; a later step takes them anew."""
         if "_load" in self.__dict__:
             self._load.close()
+        if "prior" in self.__dict__ and self.prior.generator is not None:
+            self.prior.generator.close()
 
     def check(self) -> None:
         """Read the cheap inputs first, so that a typing error shows before a model is loaded."""
         r = self.recipe
-        _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r)
+        _ = self.rows, self._given_rows, self._reward, self._moment_codes, self.engine, teacher_of(r), generator_of(r)
         require_references(parts_of(r), self.rows, str(r.prompts))
         if r.uncertainty is not None:
             check_uncertainty(r, self._reward and self._reward[0])
