@@ -168,11 +168,11 @@ def test_the_task_has_the_rule_the_curve_and_minimum_risk(cli, refused, here, mo
     changes = {"prompts": "rows.jsonl", "test": "rows.jsonl", "steps": 1, "metrics": metrics, "bounds": None}
     reward = {"part": "calibrated-answer", "column": "reference"}
     write(here / "own.yaml", settings(models, **changes) | {"reward": reward})
-    ended = cli("task", "own.yaml", "--methods", "prior,vote-0.5,mrt", "--draws", 4, "--json", "t.json")
+    ended = cli("task", "own.yaml", "--methods", "prior,vote-0.5,smc,mrt", "--draws", 4, "--json", "t.json")
     assert ended.code == 0, ended.err
     found = json.loads((here / "t.json").read_text())
-    assert [system["name"] for system in found["systems"]] == ["prior", "vote-0.5", "mrt"]
-    assert [curve["name"] for curve in found["risk_coverage"]] == ["prior", "mrt"]
+    assert [system["name"] for system in found["systems"]] == ["prior", "vote-0.5", "smc", "mrt"]
+    assert [curve["name"] for curve in found["risk_coverage"]] == ["prior", "mrt"]  # smc's draws know the answers
     assert (here / "run" / "risk-coverage.html").stat().st_size > 1000
     texts = json.loads((here / "run" / "task" / "vote-0.5-0.json").read_text())["texts"]
     drawn = json.loads((here / "run" / "task" / "prior-0.json").read_text())["texts"]

@@ -229,9 +229,10 @@ def task_table(
 
 
 def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage]:
-    """For each method with several draws a prompt, the risk of answering with their vote, against how often one does.
+    """For each method that is a law, the risk of answering with the vote of its draws, against how often one does.
 
-    All seeds together. None where no metric of the recipe's is about answers that may be withheld.
+    All seeds together. What a decoding engine returns was chosen by a reward that knows the answers, so that its agreement is no
+    confidence. None where no metric of the recipe's is about answers that may be withheld.
     """
     judge = next((metric for metric in task.metrics if isinstance(metric, SelectiveAccuracy)), None)
     if judge is None:
@@ -239,7 +240,7 @@ def risk_curves(task: TaskRun, outcomes: Sequence[Outcome]) -> list[RiskCoverage
     columns: dict[str, Sequence[Any]] = {name: task.test_prompts.columns[name] for name in judge.reads}
     votes: dict[str, list[tuple[float, bool]]] = {}
     for found in outcomes:
-        if all(len(texts) > 1 for texts in found.texts):
+        if found.log_ratios is not None:
             chosen = [vote(texts, judge.phrases) for texts in found.texts]
             right = judge.right([one.answer for one in chosen], columns)
             votes.setdefault(found.method, []).extend(zip([one.share for one in chosen], right, strict=True))
