@@ -4,6 +4,7 @@ The server is tests/serving.py, with a model of its own behind a socket. vLLM it
 """
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -322,7 +323,8 @@ class TestFaults:
         with pytest.raises(tl.InputError, match="temperature is 0.001, and vLLM draws at no less than 0.01"):
             cold.draw(cold.encode(PROMPTS), 1, rng)
 
-    def test_vllm_that_is_not_installed(self, folder, rng):
+    def test_vllm_that_is_not_installed(self, folder, rng, monkeypatch):
+        monkeypatch.setitem(sys.modules, "vllm", None)  # in its environment it is
         prior = tl.load(folder).prior(generator=tl.VLLM())
         with pytest.raises(
             tl.InputError, match="generator is vllm, which is not installed here .* pip install 'tiltlm.vllm.'"

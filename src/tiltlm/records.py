@@ -155,7 +155,7 @@ class Draws:
     def concatenate(parts: Sequence[Draws]) -> Draws:
         """Draws for the same prompts, one after the other; padded to the longest."""
         width = max(part.tokens.shape[1] for part in parts)
-        exact = all(part.log_mu is None for part in parts)
+        drawn = [part.log_q if part.log_mu is None else part.log_mu for part in parts]
         return replace(
             parts[0],
             tokens=torch.cat([_wide(p.tokens, width) for p in parts]),
@@ -163,9 +163,7 @@ class Draws:
             ended=torch.cat([p.ended for p in parts]),
             prompt_index=torch.cat([p.prompt_index for p in parts]),
             log_q=torch.cat([_wide(p.log_q, width) for p in parts]),
-            log_mu=None
-            if exact
-            else torch.cat([_wide(p.log_q if p.log_mu is None else p.log_mu, width) for p in parts]),
+            log_mu=None if all(p.log_mu is None for p in parts) else torch.cat([_wide(t, width) for t in drawn]),
             texts=tuple(text for p in parts for text in p.texts),
             sampler=parts[0].sampler if len({p.sampler for p in parts}) == 1 else "",
         )
