@@ -8,7 +8,7 @@ import yaml
 
 import tiltlm as tl
 from conftest import settings, write
-from tiltlm.cli.options import recipe_command
+from tiltlm.cli.options import GROUPS, recipe_command
 from tiltlm.rewards.catalogue import make_part
 from tiltlm.tasks import about, applications, task_recipe, tasks
 from tiltlm.workflow.methods import METHODS
@@ -177,7 +177,7 @@ class TestPackaged:
     def test_a_task_by_name_takes_flags(self):
         taken = []
         command = recipe_command("Run", find=task_recipe)(lambda recipe: taken.append(recipe))  # noqa: PLW0108  its parameter's name counts
-        command(recipe="qa", out="elsewhere", seed=None)
+        command(recipe="qa", **{**dict.fromkeys(GROUPS["Run"]), "out": "elsewhere"})
         assert taken[0].out == "elsewhere"
 
 
