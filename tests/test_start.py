@@ -137,6 +137,11 @@ def test_two_processes_do_not_train_the_same_start_twice(cache):
     assert first == second != ""
 
 
+@pytest.mark.parametrize("start", [*STARTS.values(), *(start.quick for start in STARTS.values())])
+def test_what_a_start_becomes_does_not_depend_on_the_machines_speed(start):
+    assert start.schedule.seconds is None
+
+
 def test_it_learns_what_there_is_to_learn():
     found = tl.train_start(
         "translation", PAIRS, PAIRS[:15], **{**QUICK, "steps": 250, "validate_every": 50, "lr": 1e-2, "dropout": 0.0}

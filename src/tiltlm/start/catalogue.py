@@ -44,7 +44,7 @@ class Start:
     def quick(self) -> Start:
         """The same in half a minute on two cores, for a test that everything runs; its texts are worth little."""
         smaller = replace(self.size, width=96, heads=4, feedforward=256)
-        sooner = replace(self.schedule, seconds=20.0, steps=400, warmup=20, validate_every=50, batch_tokens=1024)
+        sooner = replace(self.schedule, steps=150, warmup=20, validate_every=50, batch_tokens=1024)
         return replace(self, size=smaller, schedule=sooner, vocabulary=min(self.vocabulary, 3000))
 
 
@@ -69,7 +69,7 @@ TRANSLATION = Start(
     reads="prompt",
     data="packages-en-fr",
     size=Size(dropout=0.0),  # it sees each pair a few times: there is nothing to forget yet
-    schedule=Schedule(steps=20_000, seconds=300.0, lr=1e-3, smoothing=0.0, batch_tokens=512),
+    schedule=Schedule(steps=3500, lr=1e-3, smoothing=0.0, batch_tokens=512),
     vocabulary=2000,
     longest_source=160,
     longest_target=160,
@@ -80,7 +80,7 @@ VERSES = replace(
     name="translation-es",
     what="the same from English into Spanish, on verses of the Bible",
     data="bible-en-es",
-    schedule=replace(TRANSLATION.schedule, seconds=480.0, validate_every=500),  # 400 verses take seconds to judge
+    schedule=replace(TRANSLATION.schedule, steps=4000, validate_every=500),  # 400 verses take seconds to judge
     vocabulary=4000,  # whole words: no names of programs to copy piece by piece
     longest_source=64,
     longest_target=64,
@@ -91,7 +91,7 @@ CAPTIONS = Start(
     reads="image",
     data="emoji-scenes",
     size=Size(width=160, layers=3, heads=5, feedforward=480),
-    schedule=Schedule(seconds=150.0, batch_tokens=1024, lr=2e-3, bfloat16=True),
+    schedule=Schedule(steps=1500, batch_tokens=1024, lr=2e-3, bfloat16=True),
     vocabulary=2000,
     longest_source=1,
     longest_target=40,
@@ -102,7 +102,7 @@ STAMPS = replace(
     name="captions-stamps",
     what="the same on photographs and drawings for children",
     data="stamps",
-    schedule=replace(CAPTIONS.schedule, seconds=90.0),
+    schedule=replace(CAPTIONS.schedule, steps=900),
 )
 STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, VERSES, CAPTIONS, STAMPS)}
 

@@ -27,8 +27,8 @@ class Schedule:
 
     Attributes:
         steps: most updates of the weights.
-        seconds: most seconds of training, validation included. The learning rate falls to 0 with the steps or with the
-            time, whichever is nearer its end; where the time ends first, the result depends on the machine's speed.
+        seconds: most seconds of training, validation included; None for no limit. The learning rate falls to 0 with the steps or
+            with the time, whichever is nearer its end; where the time ends first, the result depends on the machine's speed.
         lr: AdamW's learning rate after a linear warm-up of `warmup` steps; then it falls as a cosine.
         smoothing: of the labels.
         bfloat16: matrix products in it where the hardware has them. On two cores a third faster with large matrices, slower with small
@@ -41,7 +41,7 @@ class Schedule:
     """
 
     steps: int = 2000
-    seconds: float = 180.0
+    seconds: float | None = None
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.01
@@ -56,8 +56,9 @@ class Schedule:
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "batch_tokens", "validate_every")
         for name, example in (("seconds", "180"), ("clip", "1.0")):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive, for example {example}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} is {value}; it must be positive, for example {example}")
         not_negative(self, "warmup", "patience", "weight_decay", "seed")
         if not 0 < self.lr < 1:
             raise InputError(f"lr is {self.lr}; it must be between 0 and 1, for example 3e-3")
@@ -80,8 +81,12 @@ class Progress:
 
     def ended(self, schedule: Schedule) -> bool:
         """Whether there is nothing left to do."""
-        late = self.step >= schedule.steps or self.seconds >= schedule.seconds
-        return late or bool(schedule.patience and self.bad >= schedule.patience)
+        return self.share(schedule) >= 1 or bool(schedule.patience and self.bad >= schedule.patience)
+
+    def share(self, schedule: Schedule) -> float:
+        """How much of the budget is used: of the steps or of the seconds, whichever is more."""
+        of_time = 0.0 if schedule.seconds is None else self.seconds / schedule.seconds
+        return max(self.step / schedule.steps, of_time)
 
 
 def train(
@@ -113,17 +118,15 @@ def train(
         epoch = batches(generator(schedule.seed, "batches", state.epoch))
         for rows in epoch[state.place :]:
             began = time.perf_counter()
-            share = max(state.step / schedule.steps, state.seconds / schedule.seconds)
-            _step(model, loss, rows, schedule, optimiser, state.step, share)
+            _step(model, loss, rows, schedule, optimiser, state.step, state.share(schedule))
             state.step, state.place = state.step + 1, state.place + 1
             state.seconds += time.perf_counter() - began
-            last = state.step >= schedule.steps or state.seconds >= schedule.seconds
-            if last or state.step % schedule.validate_every == 0:
+            if state.share(schedule) >= 1 or state.step % schedule.validate_every == 0:
                 _judge(model, validate, weights, best, state)
                 _write(folder, key, optimiser, best, state)
-            now = max(state.step / schedule.steps, state.seconds / schedule.seconds)
-            progress(min(1.0, now) - told)
-            told = min(1.0, now)
+            now = min(1.0, state.share(schedule))
+            progress(now - told)
+            told = now
             if state.ended(schedule):
                 break
         else:
