@@ -24,6 +24,7 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 
 from tiltlm.errors import InputError
 from tiltlm.lm.head import Head
+from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.records import Prompts
 
 Tilt = Callable[[Float[Tensor, "B S D"]], Float[Tensor, "B S D"]]
@@ -35,7 +36,7 @@ class Memory:
     """What a model remembers of the rows that it has read. The cache grows as it reads on; all else stays.
 
     Attributes:
-        cache: transformers' cache of keys and values.
+        cache: keys and values: a `SharedCache`, or transformers' own.
         source: what an encoder made of the prompts; None where there is no encoder.
         source_mask: True where `source` stands for a real token or patch.
     """
@@ -71,6 +72,8 @@ class Prefix:
 
 def select_cache(cache: Any, index: Int[Tensor, " B"]) -> Any:
     """A cache that holds the rows in `index`; differentiable, and the original keeps its rows."""
+    if isinstance(cache, SharedCache):
+        return cache.rows(index)
     chosen = copy.copy(cache)
     if isinstance(cache, EncoderDecoderCache):
         chosen.self_attention_cache = select_cache(cache.self_attention_cache, index)
