@@ -10,7 +10,7 @@ every kind of adapter that is not a plain low-rank one, goes through the model's
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from transformers import DynamicCache
 
 from tiltlm.lm.attention import Groups, Keys, Sight, attend
 from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
+from tiltlm.lm.packing import Packed, Packer, worth_packing
 from tiltlm.lm.shared_cache import Layer, SharedCache
+
+Linears = tuple[Projection, ...] | Packed
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Bodies whose layers are a norm, rotary attention, a norm and a gated network."""
@@ -31,15 +34,25 @@ FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer computes with."""
+    """What one layer computes with. Each `Linears` are the layers that read the same input."""
 
     norm: Tensor
-    qkv: tuple[Projection, Projection, Projection]
+    qkv: Linears
     head_norms: tuple[Tensor, Tensor] | None
-    out: Projection
+    out: Linears
     mlp_norm: Tensor
-    gate_up: tuple[Projection, Projection]
-    down: Projection
+    gate_up: Linears
+    down: Linears
+
+    def weights(self) -> list[Tensor]:
+        """The base weights of all linear layers."""
+        groups = (self.qkv, self.out, self.gate_up, self.down)
+        return [layer.weight for group in groups if not isinstance(group, Packed) for layer in group]
+
+    def packed(self, packer: Packer) -> LayerPlan:
+        """The same, with weights laid out for small products."""
+        names = ("qkv", "out", "gate_up", "down")
+        return replace(self, **{name: packer.pack(getattr(self, name)) for name in names})
 
 
 class LightBody:
@@ -55,6 +68,7 @@ class LightBody:
         self.eps: float = config.rms_norm_eps
         self.width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.heads: int = config.num_key_value_heads
+        self._packer = Packer()
 
     @staticmethod
     def of(body: nn.Module | None) -> LightBody | None:
@@ -69,6 +83,8 @@ class LightBody:
         plans = [_layer_plan(layer) for layer in self._body.layers]
         if not all(plans) or not _is_bare(self._body):
             return None
+        if not torch.is_grad_enabled() and worth_packing([w for plan in plans if plan for w in plan.weights()]):
+            plans = [plan.packed(self._packer) for plan in plans if plan]
         owner = torch.arange(rows, device=self._body.embed_tokens.weight.device)
         return SharedCache([], Groups(owner, rows), plans)
 
@@ -145,9 +161,9 @@ class _Pass:
     def through(self, hidden: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
         """Layer `number`."""
         seen = self._attention(rms_norm(hidden, plan.norm, self.body.eps), plan, number)
-        hidden = hidden + project(seen, (plan.out,))[0]
-        inside = swiglu(*project(rms_norm(hidden, plan.mlp_norm, self.body.eps), plan.gate_up))
-        return hidden + project(inside, (plan.down,))[0]
+        hidden = hidden + _apply(plan.out, seen)[0]
+        inside = swiglu(*_apply(plan.gate_up, rms_norm(hidden, plan.mlp_norm, self.body.eps)))
+        return hidden + _apply(plan.down, inside)[0]
 
     def padded(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "BS D"]:
         """Real tokens back among the padding."""
@@ -156,7 +172,7 @@ class _Pass:
         return x.new_zeros(self.sight.asks.numel(), x.shape[-1]).index_copy(0, self.places, x)
 
     def _attention(self, x: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
-        q, k, v = project(x, plan.qkv)
+        q, k, v = _apply(plan.qkv, x)
         q, k = (part.view(len(x), -1, self.body.width) for part in (q, k))
         if plan.head_norms is not None:
             q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
@@ -172,6 +188,10 @@ class _Pass:
         """Real tokens as rows again, the heads of the keys first."""
         heads = self.padded(x).view(*self.sight.asks.shape, self.body.heads, -1, self.body.width)
         return heads.permute(2, 0, 3, 1, 4).contiguous()
+
+
+def _apply(layers: Linears, x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N O"], ...]:
+    return layers(x) if isinstance(layers, Packed) else project(x, layers)
 
 
 def _at(places: Tensor | None, x: Tensor) -> Tensor:
@@ -205,7 +225,7 @@ def _layer_plan(layer: Any) -> LayerPlan | None:
     q, k, v, out, gate, up, down = (p for p in found if p is not None)
     head_norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
     norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-    return LayerPlan(norms[0], (q, k, v), head_norms, out, norms[1], (gate, up), down)
+    return LayerPlan(norms[0], (q, k, v), head_norms, (out,), norms[1], (gate, up), (down,))
 
 
 def _projection(module: Any) -> Projection | None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.lm.backbone import Backbone, Prefix
-from tiltlm.lm.head import apply_law
+from tiltlm.lm.head import Head, apply_law, at_least_float32, cached
 from tiltlm.protocols import Law
 from tiltlm.records import Prompts
 
@@ -58,9 +58,20 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
     token = block * size + offset
     # Rounding at the very end of a block can point at a token of no mass; take the likeliest one instead.
     impossible = weight[rows, token] <= 0
-    token = torch.where(impossible, logits.argmax(-1), token)
+    if impossible.any():
+        token = torch.where(impossible, logits.argmax(-1), token)
     log_q = logits[rows, token] - peak.squeeze(-1) - total.log().to(logits.dtype)
     return token, log_q
+
+
+def next_token(
+    features: Float[Tensor, "N D"], head: Head, law: Law, uniform: Float[Tensor, " N"]
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """Tokens drawn at `uniform` from the law that the features predict, and their log-probabilities."""
+    product = head.product(features)
+    parts = [pick(apply_law(head.finish(product[rows]), law), uniform[rows]) for rows in cached(product)]
+    tokens, log_q = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(log_q)
 
 
 def sample(
@@ -122,11 +133,10 @@ def _wave(
     mask = torch.zeros(count, limit, dtype=torch.bool, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     features, seen = prefix.last, prefix.mask
-    logits = head.logits(features)
-    log_q = torch.zeros(count, limit, dtype=logits.dtype, device=device)
+    log_q = torch.zeros(count, limit, dtype=at_least_float32(features[:0]).dtype, device=device)
     alive = torch.arange(count, device=device)  # the completion that each row in the model belongs to
     for step in range(limit):
-        token, log_prob = pick(apply_law(logits, law), uniform[alive, step])
+        token, log_prob = next_token(features, head, law, uniform[alive, step])
         open_ = ~ended[alive]
         live = alive[open_]
         tokens[live, step], log_q[live, step], mask[live, step] = token[open_], log_prob[open_], True
@@ -142,5 +152,5 @@ def _wave(
             rows = going.nonzero().flatten()
             memory, seen, token, alive = memory.rows(rows), seen[rows], token[rows], alive[rows]
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-        logits = head.logits(backbone.features(token[:, None], seen, memory)[:, -1])
+        features = backbone.features(token[:, None], seen, memory)[:, -1]
     return Sampled(tokens.cpu(), mask.cpu(), ended.cpu(), log_q.cpu())
