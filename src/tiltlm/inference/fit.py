@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from tiltlm.evidence.gold import Gold
 from tiltlm.evidence.running.tally import SlowRewardWatch, counting
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
+from tiltlm.inference.fitting import MicroBatches
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, Schedule, learning_rate
 from tiltlm.inference.source import Source, batch_of, default_source, require_sound
@@ -190,6 +192,7 @@ class _Loop:
             trained |= {f"engine:{name}": value for name, value in self.state.named_parameters()}
         rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
         self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
+        self.micro = MicroBatches(settings.micro_tokens)
         self.best_elbo, self.stale, self.slow = -float("inf"), 0, SlowRewardWatch()
         self.began = time.perf_counter()
 
@@ -229,15 +232,12 @@ class _Loop:
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
-            loss, info = accumulate(
-                self.policy,
-                self.engine,
-                scored if update == 0 else self.stream.again(batch, index, rng),
-                self.state,
-                self.settings.micro_tokens,
-                self.optimiser,
-                fresh=update == 0 and self.source.origin == "policy",
+            learned = scored if update == 0 else self.stream.again(batch, index, rng)
+            fresh_only = update == 0 and self.source.origin == "policy"
+            work = partial(
+                accumulate, self.policy, self.engine, learned, self.state, optimiser=self.optimiser, fresh=fresh_only
             )
+            loss, info = self.micro.run(work, self.optimiser.forget, int(learned.draws.lengths.max()))
             factor = learning_rate(self._place(step), self.settings.steps, self.settings.warmup, self.settings.schedule)
             norm = self.optimiser.step(self.settings.clip, factor)
             if hasattr(self.policy, "refresh_target"):  # a critic's target network

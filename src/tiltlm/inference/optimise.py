@@ -52,7 +52,7 @@ class Optimiser:
         for name, master in self.masters.items():
             by_rate.setdefault((rates or {}).get(name, lr), []).append(master)
         groups: list[dict[str, Any]] = [{"params": some, "rate": rate} for rate, some in by_rate.items()]
-        self.adam = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        self.adam = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def gather(self) -> None:
         """Add the weights' gradients to their masters' and clear them."""
@@ -62,6 +62,11 @@ class Optimiser:
                 grad = value.grad.float()
                 master.grad = grad if master.grad is None else master.grad + grad
                 value.grad = None
+
+    def forget(self) -> None:
+        """Clear all gradients, those of the weights and those that were gathered."""
+        for name, master in self.masters.items():
+            self.parameters[name].grad = master.grad = None
 
     def step(self, clip: float, factor: float) -> float:
         """One update; returns the gradient's norm before clipping.

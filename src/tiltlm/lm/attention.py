@@ -48,7 +48,9 @@ class Groups:
         rank = torch.arange(len(order), device=order.device) - torch.searchsorted(by_prompt, by_prompt)
         slot = torch.empty_like(order)
         slot[order] = by_prompt * self.most + rank
-        in_place = len(slot) == self.count * self.most and torch.equal(slot, torch.arange(len(slot), device=slot.device))
+        in_place = len(slot) == self.count * self.most and torch.equal(
+            slot, torch.arange(len(slot), device=slot.device)
+        )
         return None if in_place else slot
 
     def together(self, x: Float[Tensor, "K B N D"]) -> Float[Tensor, "K P M D"]:
@@ -181,14 +183,18 @@ class _Attend(torch.autograd.Function):
         groups, sight = ctx.groups, ctx.sight
         heads, rows, repeats, _, width = q.shape
         to_q = torch.empty_like(q)
-        to_keys, to_values = (_Sum(torch.zeros_like(s), torch.zeros_like(o)) for s, o in ((k_shared, k_own), (v_shared, v_own)))
+        to_keys, to_values = (
+            _Sum(torch.zeros_like(s), torch.zeros_like(o)) for s, o in ((k_shared, k_own), (v_shared, v_own))
+        )
         for block in sight.blocks(heads * repeats, q.element_size()):
             seen = sight.past + block.stop - sight.shared
             weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, sight.hidden(block))
             flat = [x[:, :, :, block].reshape(heads, rows, -1, width) for x in (grad, out, q)]
             slope = _products(flat[0], v_shared, v_own[:, :, :seen], groups)
             slope = (slope - (flat[0] * flat[1]).sum(-1, keepdim=True)).mul_(weights)
-            to_q[:, :, :, block] = _weighted(slope, k_shared, k_own[:, :, :seen], groups).view(heads, rows, repeats, -1, width)
+            to_q[:, :, :, block] = _weighted(slope, k_shared, k_own[:, :, :seen], groups).view(
+                heads, rows, repeats, -1, width
+            )
             to_keys.add(slope, flat[2], groups)
             to_values.add(weights, flat[0], groups)
         return to_q, to_keys.shared, to_keys.own, to_values.shared, to_values.own, None, None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 
 from tiltlm.errors import InputError
 from tiltlm.lm.head import Head
+from tiltlm.lm.packing import Packer, worth_packing
 from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.records import Prompts
 
@@ -114,6 +115,7 @@ class Backbone(ABC):
         )  # which for some models is made anew at every call
         self._body: nn.Module | None = None
         self._tilt: Tilt | None = None
+        self._packer = Packer()
         self._adopt_head()
 
     def _adopt_head(self) -> None:
@@ -209,6 +211,14 @@ class Backbone(ABC):
     def width(self) -> int:
         """Dimension of the features: of the hidden states, or of the logits where the model is run whole."""
         return self.model.get_output_embeddings().weight.shape[1] if self._split is not None else self.vocabulary
+
+    @property
+    def drawing_head(self) -> Head:
+        """The same map for products with few rows and no gradient."""
+        head = self.head
+        if head.weight is None or not worth_packing([head.weight]):
+            return head
+        return replace(head, packed=self._packer.weight([head.weight]))
 
     @property
     def _split(self) -> nn.Module | None:

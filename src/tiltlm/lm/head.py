@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiltlm.lm.packing import multiply
 from tiltlm.protocols import Law
 
 CHUNK_BYTES = 32 * 2**20
@@ -34,12 +35,14 @@ class Head:
         bias: added to the logits.
         scale: multiplies the logits (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        packed: the weight once more, laid out for products with few rows (`packing.py`); not for gradients.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    packed: Tensor | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -53,6 +56,8 @@ class Head:
         """The linear part of the logits, in the features' own precision."""
         if self.weight is None:
             return features if self.bias is None else features + self.bias
+        if self.packed is not None and self.bias is None:
+            return multiply(features, self.packed, None)
         return torch.nn.functional.linear(features, self.weight, self.bias)
 
     def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:

@@ -218,7 +218,15 @@ def _is_known(body: nn.Module) -> bool:
 def _layer_plan(layer: Any) -> LayerPlan | None:
     """What a layer computes with now; None if something about it is not plain."""
     attention, mlp = layer.self_attn, layer.mlp
-    modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    modules = [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
     found = [_projection(module) for module in modules]
     if any(p is None for p in found) or not all(map(_is_bare, (layer, attention, mlp))):
         return None

@@ -155,7 +155,9 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
 
 
-def rotate(x: Float[Tensor, "N H D"], cos: Float[Tensor, "N 1 D"], sin: Float[Tensor, "N 1 D"]) -> Float[Tensor, "N H D"]:
+def rotate(
+    x: Float[Tensor, "N H D"], cos: Float[Tensor, "N 1 D"], sin: Float[Tensor, "N 1 D"]
+) -> Float[Tensor, "N H D"]:
     """Rotary positions (Su et al. 2021): the first half of each head's entries turned against the second.
 
     `cos` and `sin` repeat themselves in their second half.

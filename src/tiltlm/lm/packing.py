@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tiltlm.lm.operations import Projection
+if TYPE_CHECKING:
+    from tiltlm.lm.operations import Projection
 
 MOST_BYTES = 2**30
 """Weights of a model that are worth a second copy."""
@@ -57,11 +59,11 @@ class Packer:
     """Keeps the packed form of base weights, and makes it anew when they have changed."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, ...], tuple[list[Tensor], list[int], Tensor]] = {}
+        self._kept: dict[tuple[int, ...], tuple[list[Tensor], list[tuple[int, float]], Tensor]] = {}
 
     def weight(self, weights: Sequence[Tensor]) -> Tensor:
         """Weights with the same input, one under the other, in oneDNN's order."""
-        key, versions = tuple(map(id, weights)), [w._version for w in weights]
+        key, versions = tuple(map(id, weights)), [_version(w) for w in weights]
         kept = self._kept.get(key)
         if kept is None or kept[1] != versions:
             whole = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
@@ -74,7 +76,9 @@ class Packer:
         biases = [layer.bias for layer in layers]
         bias = None
         if any(b is not None for b in biases):
-            bias = torch.cat([layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers])
+            bias = torch.cat(
+                [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+            )
         adapters = [(layer.down, layer.up, layer.scale) for layer in layers]
         down = up = None
         if any(d is not None for d, _, _ in adapters):
@@ -84,14 +88,28 @@ class Packer:
                 *(none(len(layer.weight), 0) if layer.up is None else layer.up * layer.scale for layer in layers)
             )
         return Packed(
-            self.weight([layer.weight for layer in layers]), bias, tuple(len(layer.weight) for layer in layers), down, up
+            self.weight([layer.weight for layer in layers]),
+            bias,
+            tuple(len(layer.weight) for layer in layers),
+            down,
+            up,
         )
+
+
+def _version(weight: Tensor) -> tuple[int, float]:
+    """Tells a weight from what it was before: by torch's count of changes, and by a few entries, as changes of `.data` are not counted."""
+    some = weight.detach().view(-1)[:: max(1, weight.numel() // 64)]
+    return weight._version, float(some.float().sum())
 
 
 def worth_packing(weights: Sequence[Tensor]) -> bool:
     """Whether these are weights that packing helps: bfloat16 on a CPU that multiplies it, and not too many."""
     size = sum(w.numel() * w.element_size() for w in weights)
-    return _cpu_packs() and size <= MOST_BYTES and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" for w in weights)
+    return (
+        _cpu_packs()
+        and size <= MOST_BYTES
+        and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" for w in weights)
+    )
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from tiltlm.lm.backbone import Backbone, Prefix
 from tiltlm.lm.head import Head, apply_law, at_least_float32, cached
+from tiltlm.lm.stops import StopStrings
 from tiltlm.protocols import Law
 from tiltlm.records import Prompts
 
@@ -83,7 +84,7 @@ def sample(
     rng: Generator,
     *,
     rows: int = 256,
-    has_stop: Callable[[list[int]], bool] | None = None,
+    stops: StopStrings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sampled:
     """Draw `n` completions of each prompt.
@@ -91,7 +92,7 @@ def sample(
     Args:
         eos: ids that end a completion.
         rows: most completions that are in the model at a time.
-        has_stop: tells of a completion so far whether it contains a stop string.
+        stops: texts that end a completion too.
         progress: called with the number of completions that a wave has finished.
     """
     count = len(prompts)
@@ -106,7 +107,7 @@ def sample(
             for start in range(0, len(owner), rows):
                 part = owner[start : start + rows]
                 numbers = uniform[some.start * n + start :][: len(part)]
-                waves.append(_wave(backbone, prefix.rows(part), numbers, law, eos, has_stop))
+                waves.append(_wave(backbone, prefix.rows(part), numbers, law, eos, stops))
                 if progress is not None:
                     progress(len(part))
     join = [torch.cat([getattr(wave, name) for wave in waves]) for name in ("tokens", "mask", "ended", "log_q")]
@@ -121,11 +122,11 @@ def _wave(
     uniform: Float[Tensor, "B T"],
     law: Law,
     eos: tuple[int, ...],
-    has_stop: Callable[[list[int]], bool] | None,
+    stops: StopStrings | None,
 ) -> Sampled:
     """Decode one batch of rows to the end."""
     count, limit = len(prefix.mask), law.max_new_tokens
-    head, memory = backbone.head, prefix.memory
+    head, memory = backbone.drawing_head, prefix.memory
     device = prefix.last.device
     uniform = uniform.to(device)
     ends = torch.tensor(eos, dtype=torch.long, device=device)
@@ -140,11 +141,12 @@ def _wave(
         open_ = ~ended[alive]
         live = alive[open_]
         tokens[live, step], log_q[live, step], mask[live, step] = token[open_], log_prob[open_], True
-        finished = torch.isin(token, ends)
-        if has_stop is not None:
-            stopped = [bool(o) and has_stop(tokens[i, : step + 1].tolist()) for o, i in zip(open_, alive, strict=True)]
-            finished = finished | torch.tensor(stopped, device=device)
-        ended[live] = finished[open_]
+        ended[live] = torch.isin(token[open_], ends)
+        if stops is not None:
+            so_far = tokens[:, : step + 1]
+            ended[live] |= stops.completed(
+                token[open_], lambda n, live=live, so_far=so_far: so_far[live[n]].tolist()
+            ).to(device)
         going = ~ended[alive]
         if step + 1 == limit or not going.any():
             break
