@@ -39,6 +39,18 @@ def reference_log_prob(model, draws, law):
     return rows
 
 
+def with_a_clear_cut(model, draws, law):
+    """The tokens whose law's last logit that stays in is no tie with the first that does not, up to rounding."""
+    clear = draws.mask.clone()
+    for row in range(len(draws) if law.top_k else 0):
+        p = draws.prompt_index[row]
+        completion = draws.tokens[row][draws.mask[row]]
+        logits = whole_logits(model, draws.prompts.tokens[p][draws.prompts.mask[p]], completion)
+        top = logits.topk(law.top_k + 1).values
+        clear[row, : len(completion)] = top[:, -2] - top[:, -1] > 1e-5
+    return clear
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("law", [{}, {"temperature": 0.7}, {"top_k": 50}])
 def test_sampled_rescored_and_reference_log_probs_agree(any_model, tokenizer, rng, lora, law):
@@ -55,8 +67,11 @@ def test_sampled_rescored_and_reference_log_probs_agree(any_model, tokenizer, rn
     prior = lm.prior(max_new_tokens=24, **law)
     draws = prior.draw(prior.encode(PROMPTS), 40, rng)
     assert len({int(n) for n in draws.lengths}) > 1, "the test needs ragged completions"
-    torch.testing.assert_close(rescored(prior, draws), draws.log_q, atol=1e-4, rtol=0)
-    torch.testing.assert_close(reference_log_prob(any_model, draws, prior.law), draws.log_q, atol=1e-4, rtol=0)
+    clear = with_a_clear_cut(any_model, draws, prior.law)
+    assert clear.sum() >= 0.99 * draws.mask.sum()
+    for again in (rescored(prior, draws), reference_log_prob(any_model, draws, prior.law)):
+        torch.testing.assert_close(again[clear], draws.log_q[clear], atol=1e-4, rtol=0)
+        assert not again[~draws.mask].any()
 
 
 def test_bfloat16_difference_is_reported_and_small(llama, tokenizer, rng, record_property):

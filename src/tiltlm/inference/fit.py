@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tiltlm.evidence.running.tally import SlowRewardWatch, counting, merged
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_enough, require_no_copies
+from tiltlm.inference.fitting import MicroBatches
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.inference.settings import Training
@@ -153,6 +155,7 @@ class _Loop:
             trained |= {f"engine:{name}": value for name, value in self.state.named_parameters()}
         rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
         self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
+        self.micro = MicroBatches(settings.micro_tokens)
         self.best_elbo, self.stale, self.slow = -float("inf"), 0, SlowRewardWatch()
         self.began = time.perf_counter()
 
@@ -223,11 +226,12 @@ class _Loop:
             factor = learning_rate(self._place(step), s.steps, s.warmup, s.schedule)
             return self.optimiser.step(s.clip, factor)
 
-        what: Any = (self.policy, self.engine, scored, self.state, s.micro_tokens, self.optimiser)
+        what: Any = (self.policy, self.engine, scored, self.state)
         if self.world.size > 1:
-            loss, info, norm = divided_update(*what, fresh=fresh, step=move)
+            loss, info, norm = divided_update(*what, s.micro_tokens, self.optimiser, fresh=fresh, step=move)
         else:
-            loss, info = accumulate(*what, fresh=fresh)
+            work = partial(accumulate, *what, optimiser=self.optimiser, fresh=fresh)
+            loss, info = self.micro.run(work, self.optimiser.forget, int(scored.draws.lengths.max()))
             norm = move()
         if hasattr(self.policy, "refresh_target"):  # a critic's target network
             self.policy.refresh_target(getattr(self.engine, "target_rate", 1.0))  # pyright: ignore

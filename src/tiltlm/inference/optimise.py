@@ -53,7 +53,9 @@ class Optimiser:
         alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, master in self.masters.items():
             alike.setdefault(((rates or {}).get(name, lr), is_shared(master)), []).append(master)
-        groups: list[dict[str, Any]] = [{"params": some, "rate": rate} for (rate, _), some in alike.items()]
+        groups: list[dict[str, Any]] = [
+            {"params": some, "rate": rate, "fused": not shared} for (rate, shared), some in alike.items()
+        ]
         self.adam = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
     def gather(self) -> None:
@@ -64,6 +66,11 @@ class Optimiser:
                 grad = value.grad.float()
                 master.grad = grad if master.grad is None else master.grad + grad
                 value.grad = None
+
+    def forget(self) -> None:
+        """Clear all gradients, those of the weights and those that were gathered."""
+        for name, master in self.masters.items():
+            self.parameters[name].grad = master.grad = None
 
     def step(self, clip: float, factor: float) -> float:
         """One update; returns the gradient's norm before clipping.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 
 from tiltlm.errors import InputError
 from tiltlm.lm.head import Head
+from tiltlm.lm.packing import Packer, worth_packing
+from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.records import Prompts
 
 Tilt = Callable[[Float[Tensor, "B S D"]], Float[Tensor, "B S D"]]
@@ -35,7 +37,7 @@ class Memory:
     """What a model remembers of the rows that it has read. The cache grows as it reads on; all else stays.
 
     Attributes:
-        cache: transformers' cache of keys and values.
+        cache: keys and values: a `SharedCache`, or transformers' own.
         source: what an encoder made of the prompts; None where there is no encoder.
         source_mask: True where `source` stands for a real token or patch.
     """
@@ -71,6 +73,8 @@ class Prefix:
 
 def select_cache(cache: Any, index: Int[Tensor, " B"]) -> Any:
     """A cache that holds the rows in `index`; differentiable, and the original keeps its rows."""
+    if isinstance(cache, SharedCache):
+        return cache.rows(index)
     chosen = copy.copy(cache)
     if isinstance(cache, EncoderDecoderCache):
         chosen.self_attention_cache = select_cache(cache.self_attention_cache, index)
@@ -111,6 +115,7 @@ class Backbone(ABC):
         )  # which for some models is made anew at every call
         self._body: nn.Module | None = None
         self._tilt: Tilt | None = None
+        self._packer = Packer()
         self._adopt_head()
 
     def _adopt_head(self) -> None:
@@ -206,6 +211,14 @@ class Backbone(ABC):
     def width(self) -> int:
         """Dimension of the features: of the hidden states, or of the logits where the model is run whole."""
         return self.model.get_output_embeddings().weight.shape[1] if self._split is not None else self.vocabulary
+
+    @property
+    def drawing_head(self) -> Head:
+        """The same map for products with few rows and no gradient."""
+        head = self.head
+        if head.weight is None or not worth_packing([head.weight]):
+            return head
+        return replace(head, packed=self._packer.weight([head.weight]))
 
     @property
     def _split(self) -> nn.Module | None:

@@ -11,6 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tiltlm.errors import InputError
 from tiltlm.lm.backbone import Backbone, Memory, Prefix, joined, left_pad, to_device
+from tiltlm.lm.light import LightBody
+from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.records import Prompts
 
 BY_TOKEN = "token_type_ids"
@@ -23,6 +25,7 @@ class CausalBackbone(Backbone):
     def __init__(self, model: PreTrainedModel) -> None:
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         super().__init__(model)
+        self._light = LightBody.of(self._body)
 
     def _find_body(self) -> nn.Module | None:
         prefix = self.model.base_model_prefix
@@ -38,6 +41,9 @@ class CausalBackbone(Backbone):
     def _run(
         self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None, **inputs: Tensor
     ) -> Float[Tensor, "B S D"]:
+        if memory is not None and isinstance(memory.cache, SharedCache):
+            assert self._light is not None
+            return self._light.features(ids, mask, memory.cache)
         positions = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -ids.shape[1] :]
         extra = {"position_ids": positions} if "position_ids" in self._accepts else {}
         split = self._split
@@ -81,7 +87,9 @@ class CausalBackbone(Backbone):
         return room
 
     def _read(self, tokens: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Prefix:
-        memory = Memory(DynamicCache(config=self.model.config))
+        light = self._light if self._split is not None and not inputs else None
+        cache = light.open(len(tokens)) if light is not None else None
+        memory = Memory(DynamicCache(config=self.model.config) if cache is None else cache)
         return Prefix(memory, mask, self.features(tokens, mask, memory, **inputs)[:, -1])
 
     def _inputs(self, prompts: Prompts, width: int) -> dict[str, Tensor]:

@@ -17,9 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiltlm.lm.packing import multiply
 from tiltlm.protocols import Law
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
+"""What the logits of one product may take, in single precision."""
+CACHED_BYTES = 4 * 2**20
+"""Logits that a CPU's cache holds: what is done to them entry by entry is done to so many at a time."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Head:
         bias: added to the logits.
         scale: multiplies the logits (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        packed: the weight once more, laid out for products with few rows (`packing.py`); not for gradients.
     """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    packed: Tensor | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -44,11 +50,19 @@ class Head:
 
     def logits(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits in at least single precision."""
+        return self.finish(self.product(features))
+
+    def product(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """The linear part of the logits, in the features' own precision."""
         if self.weight is None:
-            logits = features if self.bias is None else features + self.bias
-        else:
-            logits = torch.nn.functional.linear(features, self.weight, self.bias)
-        logits = at_least_float32(logits)
+            return features if self.bias is None else features + self.bias
+        if self.packed is not None and self.bias is None:
+            return multiply(features, self.packed, None)
+        return torch.nn.functional.linear(features, self.weight, self.bias)
+
+    def finish(self, product: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Logits from their linear part, in at least single precision."""
+        logits = at_least_float32(product)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -81,6 +95,13 @@ def chunks(features: Tensor, head: Head) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(features)))
 
 
+def cached(product: Float[Tensor, "N V"]) -> Iterator[slice]:
+    """Rows of a product that a cache holds in single precision; on an accelerator all of them."""
+    rows = max(1, CACHED_BYTES // (4 * product.shape[-1])) if product.device.type == "cpu" else len(product)
+    for start in range(0, len(product), max(1, rows)):
+        yield slice(start, min(start + rows, len(product)))
+
+
 class _ChunkedLogProb(torch.autograd.Function):
     """log softmax(W h)[target], a few rows at a time, with d log q_i / d h_i kept for the backward pass."""
 
@@ -92,10 +113,9 @@ class _ChunkedLogProb(torch.autograd.Function):
         log_q = at_least_float32(features.new_empty(len(features)))
         jacobian = torch.empty_like(features) if ctx.needs_input_grad[0] else None
         for rows in chunks(features, head):
-            log_p = apply_law(head.logits(features[rows]), law).log_softmax(-1)
-            log_q[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+            log_q[rows], error = _look_up(head, features[rows], targets[rows], law, jacobian is not None)
             if jacobian is not None:
-                jacobian[rows] = _residual(log_p, targets[rows], scale, law).to(weight.dtype) @ weight
+                jacobian[rows] = (error @ weight).mul_(-scale / law.temperature)
         ctx.save_for_backward(features, weight, bias, targets, jacobian)
         ctx.scale, ctx.law = scale, law
         return log_q
@@ -112,20 +132,27 @@ class _ChunkedLogProb(torch.autograd.Function):
             to_weight = torch.zeros_like(weight)
             to_bias = torch.zeros_like(bias) if bias is not None else None
             for rows in chunks(features, head):
-                log_p = apply_law(head.logits(features[rows]), ctx.law).log_softmax(-1)
-                residual = _residual(log_p, targets[rows], ctx.scale, ctx.law) * grad[rows, None]
-                residual = residual.to(weight.dtype)
-                to_weight += residual.T @ features[rows]
+                _, error = _look_up(head, features[rows], targets[rows], ctx.law, True)
+                error *= (grad[rows, None] * (-ctx.scale / ctx.law.temperature)).to(error.dtype)
+                to_weight += error.T @ features[rows]
                 if to_bias is not None:
-                    to_bias += residual.sum(0)
+                    to_bias += error.sum(0)
         return to_features, to_weight, to_bias, None, None, None
 
 
-def _residual(log_p: Tensor, targets: Tensor, scale: float, law: Law) -> Tensor:
-    """d log q[target] / d (W h + b): (one-hot - softmax), times what stands between them and the law."""
-    residual = -log_p.exp()
-    residual.scatter_add_(-1, targets[:, None], residual.new_ones(len(targets), 1))
-    return residual.mul_(scale / law.temperature)
+def _look_up(
+    head: Head, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], law: Law, errors: bool
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+    """log-probabilities of the targets, and softmax - one-hot, which is -d log q[target] / d logits; it replaces the product."""
+    product, found = head.product(features), []
+    for rows in cached(product):
+        log_p = apply_law(head.finish(product[rows]), law).log_softmax(-1)
+        found.append(log_p.gather(-1, targets[rows, None]).squeeze(-1))
+        if errors:
+            p = log_p.exp_()
+            p[torch.arange(len(p), device=p.device), targets[rows]] -= 1
+            product[rows] = p
+    return torch.cat(found), product
 
 
 def token_log_prob(

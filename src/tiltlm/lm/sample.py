@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.lm.backbone import Backbone, Prefix
-from tiltlm.lm.head import apply_law
+from tiltlm.lm.head import Head, apply_law, at_least_float32, cached
+from tiltlm.lm.stops import StopStrings
 from tiltlm.protocols import Law
 from tiltlm.records import Prompts
 
@@ -58,9 +59,20 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
     token = block * size + offset
     # Rounding at the very end of a block can point at a token of no mass; take the likeliest one instead.
     impossible = weight[rows, token] <= 0
-    token = torch.where(impossible, logits.argmax(-1), token)
+    if impossible.any():
+        token = torch.where(impossible, logits.argmax(-1), token)
     log_q = logits[rows, token] - peak.squeeze(-1) - total.log().to(logits.dtype)
     return token, log_q
+
+
+def next_token(
+    features: Float[Tensor, "N D"], head: Head, law: Law, uniform: Float[Tensor, " N"]
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """Tokens drawn at `uniform` from the law that the features predict, and their log-probabilities."""
+    product = head.product(features)
+    parts = [pick(apply_law(head.finish(product[rows]), law), uniform[rows]) for rows in cached(product)]
+    tokens, log_q = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(log_q)
 
 
 def sample(
@@ -72,7 +84,7 @@ def sample(
     rng: Generator,
     *,
     rows: int = 256,
-    has_stop: Callable[[list[int]], bool] | None = None,
+    stops: StopStrings | None = None,
     progress: Callable[[int], None] | None = None,
     part: range | None = None,
 ) -> Sampled:
@@ -81,7 +93,7 @@ def sample(
     Args:
         eos: ids that end a completion.
         rows: most completions that are in the model at a time.
-        has_stop: tells of a completion so far whether it contains a stop string.
+        stops: texts that end a completion too.
         progress: called with the number of completions that a wave has finished.
         part: draw those of these prompts only, and get what a draw of all prompts would have given for them.
     """
@@ -97,11 +109,11 @@ def sample(
             prefix = backbone.prefill(prompts.select(some))
             owner = torch.arange(len(some)).repeat_interleave(n)
             for start in range(0, len(owner), rows):
-                part = owner[start : start + rows]
-                numbers = uniform[some.start * n + start :][: len(part)]
-                waves.append(_wave(backbone, prefix.rows(part), numbers, law, eos, has_stop))
+                wave = owner[start : start + rows]
+                numbers = uniform[some.start * n + start :][: len(wave)]
+                waves.append(_wave(backbone, prefix.rows(wave), numbers, law, eos, stops))
                 if progress is not None:
-                    progress(len(part))
+                    progress(len(wave))
     join = [torch.cat([getattr(wave, name) for wave in waves]) for name in ("tokens", "mask", "ended", "log_q")]
     width = max(1, int(join[1].sum(-1).max()))
     # cloned out of inference mode: an inference tensor could not be saved for a backward pass
@@ -114,11 +126,11 @@ def _wave(
     uniform: Float[Tensor, "B T"],
     law: Law,
     eos: tuple[int, ...],
-    has_stop: Callable[[list[int]], bool] | None,
+    stops: StopStrings | None,
 ) -> Sampled:
     """Decode one batch of rows to the end."""
     count, limit = len(prefix.mask), law.max_new_tokens
-    head, memory = backbone.head, prefix.memory
+    head, memory = backbone.drawing_head, prefix.memory
     device = prefix.last.device
     uniform = uniform.to(device)
     ends = torch.tensor(eos, dtype=torch.long, device=device)
@@ -126,19 +138,19 @@ def _wave(
     mask = torch.zeros(count, limit, dtype=torch.bool, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     features, seen = prefix.last, prefix.mask
-    logits = head.logits(features)
-    log_q = torch.zeros(count, limit, dtype=logits.dtype, device=device)
+    log_q = torch.zeros(count, limit, dtype=at_least_float32(features[:0]).dtype, device=device)
     alive = torch.arange(count, device=device)  # the completion that each row in the model belongs to
     for step in range(limit):
-        token, log_prob = pick(apply_law(logits, law), uniform[alive, step])
+        token, log_prob = next_token(features, head, law, uniform[alive, step])
         open_ = ~ended[alive]
         live = alive[open_]
         tokens[live, step], log_q[live, step], mask[live, step] = token[open_], log_prob[open_], True
-        finished = torch.isin(token, ends)
-        if has_stop is not None:
-            stopped = [bool(o) and has_stop(tokens[i, : step + 1].tolist()) for o, i in zip(open_, alive, strict=True)]
-            finished = finished | torch.tensor(stopped, device=device)
-        ended[live] = finished[open_]
+        ended[live] = torch.isin(token[open_], ends)
+        if stops is not None:
+            so_far = tokens[:, : step + 1]
+            ended[live] |= stops.completed(
+                token[open_], lambda n, live=live, so_far=so_far: so_far[live[n]].tolist()
+            ).to(device)
         going = ~ended[alive]
         if step + 1 == limit or not going.any():
             break
@@ -146,5 +158,5 @@ def _wave(
             rows = going.nonzero().flatten()
             memory, seen, token, alive = memory.rows(rows), seen[rows], token[rows], alive[rows]
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-        logits = head.logits(backbone.features(token[:, None], seen, memory)[:, -1])
+        features = backbone.features(token[:, None], seen, memory)[:, -1]
     return Sampled(tokens.cpu(), mask.cpu(), ended.cpu(), log_q.cpu())

@@ -26,6 +26,7 @@ from tiltlm.lm.heads import ValueHead
 from tiltlm.lm.kinds import backbone_of, reads_images
 from tiltlm.lm.sample import sample
 from tiltlm.lm.score import batches, completion_features, scatter
+from tiltlm.lm.stops import StopStrings
 from tiltlm.lm.text import Reader, decode, encode
 from tiltlm.lm.walk import ModelWalk, redraw
 from tiltlm.protocols import Law
@@ -128,7 +129,7 @@ class View:
             self.body.eos,
             rng,
             rows=self.rows,
-            has_stop=self._has_stop if self.law.stop else None,
+            stops=self.stops,
             progress=self.progress,
             part=part,
         )
@@ -181,7 +182,12 @@ class View:
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether a completion of these tokens is over: by an end token, or by a stop string."""
         ids = [int(token) for token in ids]
-        return bool(ids) and (ids[-1] in self.body.eos or (bool(self.law.stop) and self._has_stop(ids)))
+        return bool(ids) and (ids[-1] in self.body.eos or (self.stops is not None and self.stops.within(ids)))
+
+    @property
+    def stops(self) -> StopStrings | None:
+        """What ends a completion besides an end token."""
+        return StopStrings(self.body.tokenizer, self.law.stop) if self.law.stop else None
 
     @property
     def identity(self) -> str:
@@ -190,10 +196,6 @@ class View:
 
     def _activate(self) -> None:
         self.body.adapters.activate(self.adapter)
-
-    def _has_stop(self, tokens: list[int]) -> bool:
-        text = self.body.tokenizer.decode(tokens, skip_special_tokens=True)
-        return any(stop in text for stop in self.law.stop)
 
     def _features(self, draws: Draws) -> tuple[Tensor, Tensor]:
         self._activate()

@@ -124,10 +124,11 @@ class ModelWalk:
         )
 
     def _stopped(self, rows: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
-        if not self._view.law.stop:
+        stops = self._view.stops
+        if stops is None:
             return torch.zeros(len(rows), dtype=torch.bool)
-        so_far = (self._tokens[row, : self._lengths[row]].tolist() for row in rows)
-        return torch.tensor([self._view._has_stop(ids) for ids in so_far], dtype=torch.bool)
+        last = self._tokens[rows, self._lengths[rows] - 1]
+        return stops.completed(last, lambda n: self._tokens[rows[n], : self._lengths[rows[n]]].tolist())
 
 
 def redraw(view: View, draws: Draws, keep: Int[Tensor, " B"], rng: Generator) -> Draws:

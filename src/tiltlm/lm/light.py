@@ -1,0 +1,264 @@
+"""A Llama-like body, run by ourselves: on real tokens alone, with prompts stored once and adapters added into products.
+
+transformers' own forward pass of such a model moves padding through every layer, copies a prompt's cache for each of its
+completions and makes a new one at every token, and PEFT's wraps each linear layer in four more operations. For models of
+a few classes that differ in nothing that matters here, `LightBody` reads the layers' weights and does the arithmetic itself.
+It is used only where it gives the model's own features, which is looked at when the model is loaded; everything else, and
+every kind of adapter that is not a plain low-rank one, goes through the model's own forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tiltlm.lm.attention import Groups, Keys, Sight, attend
+from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
+from tiltlm.lm.packing import Packed, Packer, worth_packing
+from tiltlm.lm.shared_cache import Layer, SharedCache
+
+Linears = tuple[Projection, ...] | Packed
+
+KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Bodies whose layers are a norm, rotary attention, a norm and a gated network."""
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the text."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer computes with. Each `Linears` are the layers that read the same input."""
+
+    norm: Tensor
+    qkv: Linears
+    head_norms: tuple[Tensor, Tensor] | None
+    out: Linears
+    mlp_norm: Tensor
+    gate_up: Linears
+    down: Linears
+
+    def weights(self) -> list[Tensor]:
+        """The base weights of all linear layers."""
+        groups = (self.qkv, self.out, self.gate_up, self.down)
+        return [layer.weight for group in groups if not isinstance(group, Packed) for layer in group]
+
+    def packed(self, packer: Packer) -> LayerPlan:
+        """The same, with weights laid out for small products."""
+        names = ("qkv", "out", "gate_up", "down")
+        return replace(self, **{name: packer.pack(getattr(self, name)) for name in names})
+
+
+class LightBody:
+    """The body of a model of a known class.
+
+    Args:
+        body: transformers' model without its output layer.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        self._body: Any = body
+        config = self._body.config
+        self.eps: float = config.rms_norm_eps
+        self.width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.heads: int = config.num_key_value_heads
+        self._packer = Packer()
+
+    @staticmethod
+    def of(body: nn.Module | None) -> LightBody | None:
+        """The light form of a body; None for one that is not known, or whose features it does not give."""
+        if body is None or not _is_known(body):
+            return None
+        light = LightBody(body)
+        return light if light._agrees() else None
+
+    def open(self, rows: int) -> SharedCache | None:
+        """An empty cache for `rows` prompts, with the weights as they are now; None if an adapter is on that is not a plain one."""
+        plans = [_layer_plan(layer) for layer in self._body.layers]
+        if not all(plans) or not _is_bare(self._body):
+            return None
+        if not torch.is_grad_enabled() and worth_packing([w for plan in plans if plan for w in plan.weights()]):
+            plans = [plan.packed(self._packer) for plan in plans if plan]
+        owner = torch.arange(rows, device=self._body.embed_tokens.weight.device)
+        return SharedCache([], Groups(owner, rows), plans)
+
+    def features(
+        self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], cache: SharedCache
+    ) -> Float[Tensor, "B S D"]:
+        """Features after each of `ids`, 0 on padding; the cache grows by them. What it reads first are the prompts.
+
+        Args:
+            mask: True on real tokens, over the cache and `ids` together.
+        """
+        asks = mask[:, -ids.shape[1] :]
+        places = None if bool(asks.all()) else asks.flatten().nonzero().flatten()
+        return self._run(self._body.embed_tokens(_at(places, ids)), mask, asks, places, cache)
+
+    def _run(
+        self, hidden: Float[Tensor, "N D"], mask: Tensor, asks: Tensor, places: Tensor | None, cache: SharedCache
+    ) -> Float[Tensor, "B S D"]:
+        """All layers on the embeddings of the tokens that ask."""
+        positions = _at(places, _positions(mask, asks.shape[1]))
+        cos, sin = (x[0, :, None] for x in self._body.rotary_emb(hidden, position_ids=positions[None]))
+        once = _Pass(self, cache, Sight(mask, asks, cache.shared), places, cos, sin)
+        for number, plan in enumerate(cache.plans):
+            hidden = once.through(hidden, plan, number)
+        cache.used += asks.shape[1] if once.sight.shared else 0
+        features = rms_norm(hidden, self._body.norm.weight, self.eps)
+        return once.padded(features).view(*asks.shape, -1)
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether two layers give in double precision what transformers makes of them, on padded prompts and on what follows."""
+        few = copy.copy(self._body)
+        parts = {"layers": self._body.layers[:2], "norm": self._body.norm, "rotary_emb": self._body.rotary_emb}
+        few._modules = {**self._body._modules, **{name: copy.deepcopy(part).double() for name, part in parts.items()}}
+        light, device = LightBody(few), self._body.norm.weight.device
+        embedded = torch.linspace(-1, 1, 12 * len(self._body.norm.weight), dtype=torch.float64, device=device).sin()
+        embedded = embedded.view(2, 6, -1)
+        mask = torch.ones(2, 6, dtype=torch.bool, device=device)
+        mask[0, :2] = False
+        cache, theirs = light.open(2), DynamicCache(config=self._body.config)
+        if cache is None:
+            return False
+        for new in (slice(0, 4), slice(4, 6)):
+            seen, asks = mask[:, : new.stop], mask[:, new]
+            places = asks.flatten().nonzero().flatten()
+            got = light._run(embedded[:, new][asks], seen, asks, places, cache)
+            expected = few(
+                inputs_embeds=embedded[:, new],
+                attention_mask=seen.long(),
+                position_ids=_positions(seen, asks.shape[1]),
+                past_key_values=theirs,
+            ).last_hidden_state
+            if not (got - expected)[asks].norm() <= 1e-5 * expected[asks].norm():
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass through all layers.
+
+    Attributes:
+        places: where the real tokens stand among all positions of all rows; None if all are real.
+        cos, sin: of the real tokens' positions.
+    """
+
+    body: LightBody
+    cache: SharedCache
+    sight: Sight
+    places: Int[Tensor, " N"] | None
+    cos: Float[Tensor, "N 1 D"]
+    sin: Float[Tensor, "N 1 D"]
+
+    def through(self, hidden: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
+        """Layer `number`."""
+        seen = self._attention(rms_norm(hidden, plan.norm, self.body.eps), plan, number)
+        hidden = hidden + _apply(plan.out, seen)[0]
+        inside = swiglu(*_apply(plan.gate_up, rms_norm(hidden, plan.mlp_norm, self.body.eps)))
+        return hidden + _apply(plan.down, inside)[0]
+
+    def padded(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "BS D"]:
+        """Real tokens back among the padding."""
+        if self.places is None:
+            return x
+        return x.new_zeros(self.sight.asks.numel(), x.shape[-1]).index_copy(0, self.places, x)
+
+    def _attention(self, x: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
+        q, k, v = _apply(plan.qkv, x)
+        q, k = (part.view(len(x), -1, self.body.width) for part in (q, k))
+        if plan.head_norms is not None:
+            q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
+        scale = self.body.width**-0.5
+        q, k = rotate(q, self.cos * scale, self.sin * scale), rotate(k, self.cos, self.sin)
+        q, k, v = (self._by_head(part.reshape(len(x), -1)) for part in (q, k, v))
+        keys, values = self.cache.add(number, k[:, :, 0], v[:, :, 0])
+        out = attend(q, keys, values, self.cache.groups, self.sight).permute(1, 3, 0, 2, 4)
+        out = out.reshape(self.sight.asks.numel(), -1)
+        return out if self.places is None else out[self.places]
+
+    def _by_head(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "K B R S D"]:
+        """Real tokens as rows again, the heads of the keys first."""
+        heads = self.padded(x).view(*self.sight.asks.shape, self.body.heads, -1, self.body.width)
+        return heads.permute(2, 0, 3, 1, 4).contiguous()
+
+
+def _apply(layers: Linears, x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N O"], ...]:
+    return layers(x) if isinstance(layers, Packed) else project(x, layers)
+
+
+def _at(places: Tensor | None, x: Tensor) -> Tensor:
+    """The entries of real tokens."""
+    return x.flatten() if places is None else x.flatten()[places]
+
+
+def _positions(mask: Bool[Tensor, "B L"], last: int) -> Int[Tensor, "B S"]:
+    """The place of each of the `last` tokens among its row's real ones."""
+    return mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -last:]
+
+
+def _is_known(body: nn.Module) -> bool:
+    """Whether the class is one of `KNOWN`, without what some models of these classes have besides."""
+    if type(body).__name__ not in KNOWN or not type(body).__module__.startswith("transformers.models."):
+        return False
+    config: Any = body.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    kinds = getattr(config, "layer_types", None)
+    windowed = set(kinds) != {"full_attention"} if kinds else getattr(config, "sliding_window", None) is not None
+    return config.hidden_act == "silu" and rope in FIXED_ROPES and not windowed
+
+
+def _layer_plan(layer: Any) -> LayerPlan | None:
+    """What a layer computes with now; None if something about it is not plain."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+    found = [_projection(module) for module in modules]
+    if any(p is None for p in found) or not all(map(_is_bare, (layer, attention, mlp))):
+        return None
+    q, k, v, out, gate, up, down = (p for p in found if p is not None)
+    head_norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
+    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    return LayerPlan(norms[0], (q, k, v), head_norms, (out,), norms[1], (gate, up), (down,))
+
+
+def _projection(module: Any) -> Projection | None:
+    """A linear layer with the adapter that is on, if it is a plain one."""
+    if not _is_bare(module):
+        return None
+    if type(module) is nn.Linear:
+        return Projection(module.weight, module.bias) if type(module.weight) is nn.Parameter else None
+    if not isinstance(module, LoraLayer) or module.merged:
+        return None
+    base = _projection(module.base_layer)
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    if base is None or not active:
+        return base
+    name = active[0]
+    down: Any = module.lora_A[name]
+    up: Any = module.lora_B[name]
+    dropped = type(module.lora_dropout[name]) is not nn.Identity
+    if len(active) > 1 or dropped or name in module.lora_variant or up.bias is not None:
+        return None
+    if down.weight.dtype != base.weight.dtype:
+        return None
+    return Projection(base.weight, base.bias, down.weight, up.weight, module.scaling[name])
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module does no more than its class says: no hooks, as sharding and offloading have."""
+    return not (module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))

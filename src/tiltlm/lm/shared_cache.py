@@ -1,0 +1,102 @@
+"""A cache of keys and values that holds a prompt once, however many completions go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tiltlm.lm.attention import Groups, Keys
+
+ROOM = 32
+"""Positions that a row's cache begins with; it doubles when they are used up."""
+
+
+@dataclass
+class Layer:
+    """Keys and values of one layer; heads come first.
+
+    Attributes:
+        shared: those of the prompts.
+        own: those of the rows, with room for more; None before the first.
+    """
+
+    shared: tuple[Float[Tensor, "K P L D"], Float[Tensor, "K P L D"]]
+    own: tuple[Float[Tensor, "K B C D"], Float[Tensor, "K B C D"]] | None = None
+
+
+@dataclass
+class SharedCache:
+    """What a light model remembers. It grows as the model reads on.
+
+    Attributes:
+        layers: one for each layer that has read the prompts.
+        groups: the prompt of each row.
+        plans: the weights, layer by layer, that made it and that go on from it.
+        used: positions that the rows have beyond their prompts.
+    """
+
+    layers: list[Layer]
+    groups: Groups
+    plans: Sequence[Any]
+    used: int = 0
+
+    @property
+    def shared(self) -> int:
+        """Positions of the prompts."""
+        return self.layers[0].shared[0].shape[2] if self.layers else 0
+
+    def add(self, number: int, keys: Float[Tensor, "K B S D"], values: Float[Tensor, "K B S D"]) -> tuple[Keys, Keys]:
+        """Remember keys and values of new positions of layer `number`; returns all that are there."""
+        new = keys, values
+        if number == len(self.layers):  # the prompts: nothing is shared yet
+            self.layers.append(Layer(new))
+            return Keys(keys[:, :, :0], keys), Keys(values[:, :, :0], values)
+        layer = self.layers[number]
+        if torch.is_grad_enabled():  # written in place they could not be differentiated
+            layer.own = new if layer.own is None else _joined(layer.own, new, self.used)
+        else:
+            layer.own = _written(layer.own, new, self.used)
+        last = self.used + keys.shape[2]
+        whole = [Keys(shared, own[:, :, :last]) for shared, own in zip(layer.shared, layer.own, strict=True)]
+        return whole[0], whole[1]
+
+    def rows(self, index: Int[Tensor, " B"]) -> SharedCache:
+        """A cache that holds the rows in `index`; differentiable, and the original keeps its rows. Prompts are not copied."""
+        prompts, owner = self.groups.owner[index].unique(return_inverse=True)
+        layers = [
+            Layer(
+                _select(layer.shared, prompts) if len(prompts) < self.groups.count else layer.shared,
+                None if layer.own is None else _select([x[:, :, : self.used] for x in layer.own], index),
+            )
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers, groups=Groups(owner, len(prompts)))
+
+
+def _joined(own: Sequence[Tensor], new: Sequence[Tensor], used: int) -> tuple[Tensor, Tensor]:
+    keys, values = (torch.cat([old[:, :, :used], more], dim=2) for old, more in zip(own, new, strict=True))
+    return keys, values
+
+
+def _written(own: Sequence[Tensor] | None, new: Sequence[Tensor], used: int) -> tuple[Tensor, Tensor]:
+    last = used + new[0].shape[2]
+    if own is None or own[0].shape[2] < last:
+        room = max(ROOM, 2 * used, last)
+        grown = [more.new_empty(*more.shape[:2], room, more.shape[3]) for more in new]
+        if own is not None:
+            for wide, old in zip(grown, own, strict=True):
+                wide[:, :, :used] = old[:, :, :used]
+        own = grown
+    for wide, more in zip(own, new, strict=True):
+        wide[:, :, used:last] = more
+    return own[0], own[1]
+
+
+def _select(tensors: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = (x.index_select(1, index) for x in tensors)
+    return keys, values
