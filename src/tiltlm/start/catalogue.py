@@ -91,7 +91,7 @@ CAPTIONS = Start(
     reads="image",
     data="emoji-scenes",
     size=Size(width=160, layers=3, heads=5, feedforward=480),
-    schedule=Schedule(steps=1500, batch_tokens=1024, lr=2e-3, bfloat16=True),
+    schedule=Schedule(steps=900, batch_tokens=1024, lr=2e-3, bfloat16=True),
     vocabulary=2000,
     longest_source=1,
     longest_target=40,
@@ -102,7 +102,7 @@ STAMPS = replace(
     name="captions-stamps",
     what="the same on photographs and drawings for children",
     data="stamps",
-    schedule=replace(CAPTIONS.schedule, steps=900),
+    schedule=replace(CAPTIONS.schedule, steps=540),
 )
 STARTS: Mapping[str, Start] = {start.name: start for start in (TRANSLATION, VERSES, CAPTIONS, STAMPS)}
 
