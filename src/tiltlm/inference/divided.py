@@ -229,8 +229,8 @@ def sum_gradients(world: World, optimiser: Optimiser) -> None:
     world.sum_([plain[name].grad for name in plain if name in anyone])  # pyright: ignore[reportArgumentType]
 
 
-def divided(target: Target, policy: Policy, world: World, shard: bool) -> tuple[Target, DividedPolicy]:
-    """Target and policy as `world` shares their work; with `shard`, and the weights.
+def divided(target: Target, policy: Policy, world: World, shard: bool) -> tuple[Target, Any]:
+    """Target and policy as `world` shares their work; with `shard`, and the weights. The policy is a `DividedPolicy`.
 
     Raises:
         InputError: for a sampler whose draws another program makes; it would be asked for everything by every process.

@@ -108,7 +108,8 @@ def fit(
         shard = settings.shard or asked_to_shard()
         require_no_copies(source, shard)
         shared, trained = divided(target, policy, world, shard)
-        gold = gold and DividedEvidence(as_gold(gold), world)
+        judge: Any = None if gold is None else DividedEvidence(as_gold(gold), world)
+        gold = judge
     watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
     loop = _Loop(shared, encoded, engine, source, trained, settings, folder, prior_draws, made_of, watch, world)
     if loop.out is not None and not resume:

@@ -27,8 +27,8 @@ def save_shares(tensors: Mapping[str, Tensor], folder: Path) -> None:
     Raises:
         OSError: in every process, if one cannot write.
     """
-    from torch.distributed.checkpoint import save
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     with _as_oserror():
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -40,8 +40,8 @@ def load_shares(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         like: tensors whose shares this process wants, by name; all others are read as a whole.
     """
-    from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader: Any = HuggingFaceStorageReader(str(folder))
     found = {

@@ -122,7 +122,7 @@ def _divide(body: Body, mesh: DeviceMesh) -> Any:
     }
     for layer in _layers(model):
         fully_shard(layer, **how)
-    root = fully_shard(_Root(model), **how)
+    root: Any = fully_shard(_Root(model), **how)
     for module in _divided(root):  # the loss is of the whole batch, so gradients are summed and not averaged
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
