@@ -8,7 +8,7 @@ prompt's keys meet them in one product. Scores exist for some positions at a tim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,9 @@ SCORES_BYTES = 32 * 2**20
 """What the scores of a block of positions may take."""
 POSITIONS = 128
 """Most positions of a block: what is later than its last one is not even looked at."""
+
+KEPT = 2**24
+"""Pairs of positions, in all rows, for which it is kept who may look at whom."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Sight:
     real: Bool[Tensor, "B L"]
     asks: Bool[Tensor, "B S"]
     shared: int
+    _known: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def padded(self) -> bool:
@@ -97,7 +101,19 @@ class Sight:
             yield slice(start, min(start + most, self.asks.shape[1]))
 
     def hidden(self, block: slice) -> Bool[Tensor, "B S L"] | None:
-        """What the positions of a block may not look at, of all that is not later than the last of them."""
+        """What the positions of a block may not look at, of all that is not later than the last of them; None for nothing.
+
+        It is the same in every layer, and is kept while it is small.
+        """
+        key = block.start, block.stop
+        if key in self._known:
+            return self._known[key]
+        hidden = self._hidden(block)
+        if hidden is None or self.asks.numel() * self.real.shape[1] <= KEPT:
+            self._known[key] = hidden
+        return hidden
+
+    def _hidden(self, block: slice) -> Bool[Tensor, "B S L"] | None:
         last = self.past + block.stop
         later = None
         if block.stop - block.start > 1:

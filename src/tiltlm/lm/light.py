@@ -106,7 +106,9 @@ class LightBody:
         """All layers on the embeddings of the tokens that ask."""
         positions = _at(places, _positions(mask, asks.shape[1]))
         cos, sin = (x[0, :, None] for x in self._body.rotary_emb(hidden, position_ids=positions[None]))
-        once = _Pass(self, cache, Sight(mask, asks, cache.shared), places, cos, sin)
+        scale = self.width**-0.5
+        turn_q, turn_k = (cos * scale, sin * scale), (cos, sin)
+        once = _Pass(self, cache, Sight(mask, asks, cache.shared), places, turn_q, turn_k)
         for number, plan in enumerate(cache.plans):
             hidden = once.through(hidden, plan, number)
         cache.used += asks.shape[1] if once.sight.shared else 0
@@ -148,15 +150,15 @@ class _Pass:
 
     Attributes:
         places: where the real tokens stand among all positions of all rows; None if all are real.
-        cos, sin: of the real tokens' positions.
+        turn_q, turn_k: cosine and sine of the real tokens' positions; those for queries have the scores' scale in them.
     """
 
     body: LightBody
     cache: SharedCache
     sight: Sight
     places: Int[Tensor, " N"] | None
-    cos: Float[Tensor, "N 1 D"]
-    sin: Float[Tensor, "N 1 D"]
+    turn_q: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
+    turn_k: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
 
     def through(self, hidden: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
         """Layer `number`."""
@@ -176,8 +178,7 @@ class _Pass:
         q, k = (part.view(len(x), -1, self.body.width) for part in (q, k))
         if plan.head_norms is not None:
             q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
-        scale = self.body.width**-0.5
-        q, k = rotate(q, self.cos * scale, self.sin * scale), rotate(k, self.cos, self.sin)
+        q, k = rotate(q, *self.turn_q), rotate(k, *self.turn_k)
         q, k, v = (self._by_head(part.reshape(len(x), -1)) for part in (q, k, v))
         keys, values = self.cache.add(number, k[:, :, 0], v[:, :, 0])
         out = attend(q, keys, values, self.cache.groups, self.sight).permute(1, 3, 0, 2, 4)
@@ -187,7 +188,7 @@ class _Pass:
     def _by_head(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "K B R S D"]:
         """Real tokens as rows again, the heads of the keys first."""
         heads = self.padded(x).view(*self.sight.asks.shape, self.body.heads, -1, self.body.width)
-        return heads.permute(2, 0, 3, 1, 4).contiguous()
+        return heads.permute(2, 0, 3, 1, 4)
 
 
 def _apply(layers: Linears, x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N O"], ...]:

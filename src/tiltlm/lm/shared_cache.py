@@ -52,15 +52,16 @@ class SharedCache:
 
     def add(self, number: int, keys: Float[Tensor, "K B S D"], values: Float[Tensor, "K B S D"]) -> tuple[Keys, Keys]:
         """Remember keys and values of new positions of layer `number`; returns all that are there."""
-        new = keys, values
         if number == len(self.layers):  # the prompts: nothing is shared yet
-            self.layers.append(Layer(new))
+            keys, values = keys.contiguous(), values.contiguous()
+            self.layers.append(Layer((keys, values)))
             return Keys(keys[:, :, :0], keys), Keys(values[:, :, :0], values)
         layer = self.layers[number]
         if torch.is_grad_enabled():  # written in place they could not be differentiated
+            new = keys.contiguous(), values.contiguous()
             layer.own = new if layer.own is None else _joined(layer.own, new, self.used)
         else:
-            layer.own = _written(layer.own, new, self.used)
+            layer.own = _written(layer.own, (keys, values), self.used)
         last = self.used + keys.shape[2]
         whole = [Keys(shared, own[:, :, :last]) for shared, own in zip(layer.shared, layer.own, strict=True)]
         return whole[0], whole[1]
