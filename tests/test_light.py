@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from torch.nn import functional
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import tiltlm as tl
+from conftest import make_model, make_tokenizer
 from tiltlm.lm import attention
 from tiltlm.lm.attention import Groups, Keys, Sight, attend
 from tiltlm.lm.light import LightBody
@@ -138,7 +138,7 @@ def test_an_adapter_that_is_not_plain_goes_through_peft():
 
 def plain_attention(q, keys, values, owner, sight):
     """One row and one position at a time."""
-    heads, rows, repeats, positions, _ = q.shape
+    heads, rows, _, positions, _ = q.shape
     out = torch.zeros_like(q)
     for row in range(rows):
         k = torch.cat([keys.shared[:, owner[row]], keys.own[:, row]], dim=1)

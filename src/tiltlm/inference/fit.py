@@ -227,11 +227,21 @@ class _Loop:
             factor = learning_rate(self._place(step), s.steps, s.warmup, s.schedule)
             return self.optimiser.step(s.clip, factor)
 
-        what: Any = (self.policy, self.engine, scored, self.state)
         if self.world.size > 1:
-            loss, info, norm = divided_update(*what, s.micro_tokens, self.optimiser, fresh=fresh, step=move)
+            loss, info, norm = divided_update(
+                self.policy,  # pyright: ignore[reportArgumentType]  a DividedPolicy
+                self.engine,
+                scored,
+                self.state,
+                s.micro_tokens,
+                self.optimiser,
+                fresh=fresh,
+                step=move,
+            )
         else:
-            work = partial(accumulate, *what, optimiser=self.optimiser, fresh=fresh)
+            work = partial(
+                accumulate, self.policy, self.engine, scored, self.state, optimiser=self.optimiser, fresh=fresh
+            )
             loss, info = self.micro.run(work, self.optimiser.forget, int(scored.draws.lengths.max()))
             norm = move()
         if hasattr(self.policy, "refresh_target"):  # a critic's target network

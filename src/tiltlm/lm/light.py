@@ -19,10 +19,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tiltlm.lm.attention import Groups, Keys, Sight, attend
+from tiltlm.lm.attention import Groups, Sight, attend
 from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
 from tiltlm.lm.packing import Packed, Packer, worth_packing
-from tiltlm.lm.shared_cache import Layer, SharedCache
+from tiltlm.lm.shared_cache import SharedCache
 
 Linears = tuple[Projection, ...] | Packed
 
@@ -243,19 +243,18 @@ def _projection(module: Any) -> Projection | None:
         return None
     if type(module) is nn.Linear:
         return Projection(module.weight, module.bias) if type(module.weight) is nn.Parameter else None
-    if not isinstance(module, LoraLayer) or module.merged:
+    base = _projection(module.base_layer) if isinstance(module, LoraLayer) and not module.merged else None
+    if base is None:
         return None
-    base = _projection(module.base_layer)
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
-    if base is None or not active:
+    if not active:
         return base
     name = active[0]
     down: Any = module.lora_A[name]
     up: Any = module.lora_B[name]
-    dropped = type(module.lora_dropout[name]) is not nn.Identity
-    if len(active) > 1 or dropped or name in module.lora_variant or up.bias is not None:
-        return None
-    if down.weight.dtype != base.weight.dtype:
+    undropped = type(module.lora_dropout[name]) is nn.Identity
+    alone = len(active) == 1 and name not in module.lora_variant and up.bias is None
+    if not (undropped and alone and down.weight.dtype == base.weight.dtype):
         return None
     return Projection(base.weight, base.bias, down.weight, up.weight, module.scaling[name])
 
