@@ -154,15 +154,25 @@ def _kept_or_run(side: Side, flags: tuple[str, ...], kept: Path, options: argpar
         )
     except subprocess.TimeoutExpired as error:
         raise Failed(f"it took more than {LONGEST} seconds") from error
-    if done.returncode:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    found = figures(done.stdout)
+    if done.returncode or found is None:
         kept.with_suffix(".failed.txt").write_text(done.stdout + done.stderr)
         raise Failed(f"{reason(done.stderr)} (exit code {done.returncode})")
-    run = {"flags": list(flags), "load_before": load, "wall_seconds": time.time() - began}
-    run |= json.loads(done.stdout.strip().splitlines()[-1])
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    run = {"flags": list(flags), "load_before": load, "wall_seconds": time.time() - began, **found}
     kept.write_text(json.dumps(run))
     return run
+
+
+def figures(said: str) -> Run | None:
+    """The last JSON object that a side printed; vLLM goes on talking when it is over. None where there is none."""
+    for line in reversed(said.splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                continue
+    return None
 
 
 def reason(said: str) -> str:

@@ -130,6 +130,13 @@ def answer_of(script, flags, monkeypatch, capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_a_sides_figures_are_found_among_what_it_says():
+    from harness import figures
+
+    assert figures('warming up\n{"seconds": [1.0]}\n{not figures}\nengine shut down\n') == {"seconds": [1.0]}
+    assert figures("Traceback: it broke\n") is None
+
+
 def test_our_step_does_all_of_its_work_and_agrees_with_transformers(tiny, monkeypatch, capsys):
     flags = [tiny, "--steps", 2, "--prompts", 2, "--group", 3, "--tokens", 5, "--rank", 4]
     found = answer_of("step_tiltlm", flags, monkeypatch, capsys)
