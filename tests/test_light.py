@@ -231,7 +231,7 @@ def test_packed_weights_are_made_anew_when_they_change_and_agree_in_bfloat16():
     x, packer = torch.randn(5, 64).bfloat16(), Packer()
     with torch.no_grad():
         for _ in range(2):
-            for got, want in zip(packer.pack(layers)(x), project(x, layers), strict=True):
+            for got, want in zip(packer.pack("here", layers)(x), project(x, layers), strict=True):
                 assert (got.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
             layers[0].weight.mul_(-3)
 

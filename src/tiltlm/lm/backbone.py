@@ -218,7 +218,7 @@ class Backbone(ABC):
         head = self.head
         if head.weight is None or not worth_packing([head.weight]):
             return head
-        return replace(head, packed=self._packer.weight([head.weight]))
+        return replace(head, packed=self._packer.weight("head", [head.weight]))
 
     @property
     def _split(self) -> nn.Module | None:

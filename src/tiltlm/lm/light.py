@@ -49,10 +49,10 @@ class LayerPlan:
         groups = (self.qkv, self.out, self.gate_up, self.down)
         return [layer.weight for group in groups if not isinstance(group, Packed) for layer in group]
 
-    def packed(self, packer: Packer) -> LayerPlan:
-        """The same, with weights laid out for small products."""
+    def packed(self, packer: Packer, number: int) -> LayerPlan:
+        """The same, as layer `number`, with weights laid out for small products."""
         names = ("qkv", "out", "gate_up", "down")
-        return replace(self, **{name: packer.pack(getattr(self, name)) for name in names})
+        return replace(self, **{name: packer.pack((number, name), getattr(self, name)) for name in names})
 
 
 class LightBody:
@@ -84,7 +84,7 @@ class LightBody:
         if not all(plans) or not _is_bare(self._body):
             return None
         if not torch.is_grad_enabled() and worth_packing([w for plan in plans if plan for w in plan.weights()]):
-            plans = [plan.packed(self._packer) for plan in plans if plan]
+            plans = [plan.packed(self._packer, number) for number, plan in enumerate(plans) if plan]
         owner = torch.arange(rows, device=self._body.embed_tokens.weight.device)
         return SharedCache([], Groups(owner, rows), plans)
 
@@ -244,19 +244,20 @@ def _projection(module: Any) -> Projection | None:
     if type(module) is nn.Linear:
         return Projection(module.weight, module.bias) if type(module.weight) is nn.Parameter else None
     base = _projection(module.base_layer) if isinstance(module, LoraLayer) and not module.merged else None
-    if base is None:
-        return None
+    return None if base is None else _adapted(base, module)
+
+
+def _adapted(base: Projection, module: Any) -> Projection | None:
+    """A linear layer under PEFT's, which may have an adapter on."""
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
     if not active:
         return base
     name = active[0]
-    down: Any = module.lora_A[name]
-    up: Any = module.lora_B[name]
-    undropped = type(module.lora_dropout[name]) is nn.Identity
-    alone = len(active) == 1 and name not in module.lora_variant and up.bias is None
-    if not (undropped and alone and down.weight.dtype == base.weight.dtype):
+    down, up = module.lora_A[name], module.lora_B[name]
+    more = len(active) > 1 or name in module.lora_variant or up.bias is not None
+    if more or type(module.lora_dropout[name]) is not nn.Identity or down.weight.dtype != base.weight.dtype:
         return None
-    return Projection(base.weight, base.bias, down.weight, up.weight, module.scaling[name])
+    return replace(base, down=down.weight, up=up.weight, scale=module.scaling[name])
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ without gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -59,19 +59,19 @@ class Packer:
     """Keeps the packed form of base weights, and makes it anew when they have changed."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, ...], tuple[list[Tensor], list[tuple[int, float]], Tensor]] = {}
+        self._kept: dict[Hashable, tuple[list[Tensor], list[tuple[int, float]], Tensor]] = {}
 
-    def weight(self, weights: Sequence[Tensor]) -> Tensor:
-        """Weights with the same input, one under the other, in oneDNN's order."""
-        key, versions = tuple(map(id, weights)), [_version(w) for w in weights]
-        kept = self._kept.get(key)
-        if kept is None or kept[1] != versions:
-            whole = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+    def weight(self, place: Hashable, weights: Sequence[Tensor]) -> Tensor:
+        """Weights with the same input, one under the other, in oneDNN's order; those of a `place` are kept until it has others."""
+        versions = [_version(weight) for weight in weights]
+        kept = self._kept.get(place)
+        if kept is None or kept[1] != versions or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
+            whole = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
             kept = [*weights], versions, torch.ops.mkldnn._reorder_linear_weight(whole, ROWS)
-            self._kept[key] = kept
+            self._kept[place] = kept
         return kept[2]
 
-    def pack(self, layers: Sequence[Projection]) -> Packed:
+    def pack(self, place: Hashable, layers: Sequence[Projection]) -> Packed:
         """Layers with the same input."""
         biases = [layer.bias for layer in layers]
         bias = None
@@ -88,7 +88,7 @@ class Packer:
                 *(none(len(layer.weight), 0) if layer.up is None else layer.up * layer.scale for layer in layers)
             )
         return Packed(
-            self.weight([layer.weight for layer in layers]),
+            self.weight(place, [layer.weight for layer in layers]),
             bias,
             tuple(len(layer.weight) for layer in layers),
             down,
@@ -97,19 +97,20 @@ class Packer:
 
 
 def _version(weight: Tensor) -> tuple[int, float]:
-    """Tells a weight from what it was before: by torch's count of changes, and by a few entries, as changes of `.data` are not counted."""
-    some = weight.detach().view(-1)[:: max(1, weight.numel() // 64)]
-    return weight._version, float(some.float().sum())
+    """Tells a weight from what it was: by torch's count of changes, and by a few entries, as changes of `.data` are not counted."""
+    some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+    return 0 if weight.is_inference() else weight._version, float(some.float().sum())
 
 
 def worth_packing(weights: Sequence[Tensor]) -> bool:
-    """Whether these are weights that packing helps: bfloat16 on a CPU that multiplies it, and not too many."""
-    size = sum(w.numel() * w.element_size() for w in weights)
-    return (
-        _cpu_packs()
-        and size <= MOST_BYTES
-        and all(w.dtype == torch.bfloat16 and w.device.type == "cpu" for w in weights)
-    )
+    """Whether these are weights that packing helps: plain ones in bfloat16, on a CPU that multiplies it, and not too many."""
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    return _cpu_packs() and size <= MOST_BYTES and all(map(_is_plain, weights))
+
+
+def _is_plain(weight: Tensor) -> bool:
+    whole = type(weight) in (Tensor, torch.nn.Parameter)  # and no share of a tensor that several processes hold
+    return whole and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 @cache
