@@ -125,8 +125,13 @@ def _case(case: Case, options: argparse.Namespace, device: str, summarise: Calla
         "about": {"model": model_name(case.model), "flags": " ".join(case.flags), **case.about},
         "summary": summary(rounds, summarise),
         "missing": missing,
-        "rounds": rounds,
+        "rounds": [{name: _published(run, model) for name, run in done.items()} for done in rounds],
     }
+
+
+def _published(run: Run, model: Path) -> Run:
+    """A run without what it says of this machine's folders."""
+    return {**run, "flags": [flag.replace(str(model), model.name) for flag in run["flags"]]}
 
 
 class Failed(Exception):

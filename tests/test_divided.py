@@ -12,6 +12,7 @@ from test_fit import PROMPTS, WithKL, llama_target, tabular, weights
 from tiltlm.inference import divided
 from tiltlm.inference.catalogue import training_engines
 from tiltlm.inference.monitor import Monitor
+from tiltlm.lm.view import View
 from tiltlm.world import ALONE, World, entered
 
 ENGINES = training_engines()
@@ -146,6 +147,30 @@ def test_a_held_out_reward_is_asked_of_each_process_for_its_own_completions():
 
     require_as_one(lambda: run_of(tl.RLOO(), gold=gold))
     assert sorted(asked.values()) == [9, 18, 27]  # 3 steps × 3 prompts × 3: one process; one of the prompts, and two
+
+
+def test_each_process_draws_for_its_own_prompts_alone(monkeypatch):
+    drawn = {}
+
+    def spied(self, prompts, n, rng, part):
+        drawn.setdefault(threading.get_ident(), []).append(len(part))
+        return draw_part(self, prompts, n, rng, part)
+
+    draw_part = View.draw_part
+    monkeypatch.setattr(View, "draw_part", spied)
+    together([run_of(tl.RLOO()) for _ in range(2)])
+    assert sorted(map(set, drawn.values()), key=max) == [{1}, {2}]  # of three prompts a step
+
+
+def test_a_generator_serves_one_process():
+    def make():
+        world = tabular(("0", "1"))
+        prior = replace(world.prior, generator=object())
+        target = replace(world.target, prior=prior)
+        return lambda: tl.fit(target, world.prompts, policy=world.prior.policy(lora=None), batch=2, steps=1)
+
+    with pytest.raises(tl.InputError, match="generator is set, but 2 processes were launched"):
+        together([make(), make()])
 
 
 def test_dropped_completions_leave_the_same_batch():

@@ -71,6 +71,10 @@ class DividedSampler:
         whole = Draws.concatenate([part.among(prompts, some) for part, some in zip(parts, owned, strict=True)])
         return replace(whole, sampler=self.inner.identity)  # a sampler's name is another in every process
 
+    def draw_weighted(self, prompts: Prompts, n: int, rng: Generator) -> Draws:
+        """The same: no generator draws for several processes (`divided` refuses it), so every draw is of the sampler's own law."""
+        return self.draw(prompts, n, rng)
+
     def log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
         return by_rows(self.world, draws, lambda some: {"log_q": self.inner.log_prob(some)})["log_q"]
 
