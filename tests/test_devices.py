@@ -126,8 +126,9 @@ def require_same(folder, job, how):
         for name, value in one["weights"].items():
             assert_close(value, expected["weights"][name], rtol=0, atol=tolerance)
         # the adapter off, or a model of its own, and weights that were divided: the prior is what it always was
-        assert_close(one["prior"], expected["drawn"], rtol=0, atol=min(tolerance, 1e-12 if job != "llama" else 1))
-        assert torch.equal(one["drawn"], expected["drawn"])
+        assert_close(one["prior"], one["drawn"], rtol=0, atol=1e-12)
+        # but FSDP2's hooks send a Llama through transformers' own pass, whose norms are in single precision
+        assert_close(one["drawn"], expected["drawn"], rtol=0, atol=1e-5 if (job, how) == ("llama", "shard") else 0)
     assert (folder / f"{job}-from-1-{how}.0.interrupted").exists()
     assert (folder / f"{job}-from-2-{how}.1.interrupted").exists()  # by the main process, whose Ctrl-C it was
 
