@@ -157,7 +157,7 @@ def test_an_adapter_on_the_output_layer_counts(setting, rng):
     policy = prior.policy(lora=tl.LoRA(2, targets=("lm_head", "v_proj")))
     shake(policy)
     ids = torch.cat([draws.prompts.tokens[0][draws.prompts.mask[0]], draws.tokens[0][draws.mask[0]]])[None]
-    policy._activate()
+    policy.body.adapters.activate(policy.adapter)
     with torch.no_grad():
         logits = policy.body.model(input_ids=ids).logits[0].log_softmax(-1)
     length = int(draws.lengths[0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiltlm as tl
+from tiltlm.inference.ahead import Ahead
 from tiltlm.inference.lagging import Lagging
 from tiltlm.inference.memory import DrawMemory
 from tiltlm.inference.source import (
@@ -226,8 +227,8 @@ class TestSoundness:
 class TestTraining:
     @pytest.mark.parametrize(
         "source",
-        [OnPolicy(), FromPrior(), Replay(), Lagging(), Decoded(tl.Importance(n=32))],
-        ids=lambda s: type(s).__name__,
+        [OnPolicy(), FromPrior(), Replay(), Lagging(), Ahead(), Ahead(reweigh=False), Decoded(tl.Importance(n=32))],
+        ids=str,
     )
     def test_a_loss_that_is_right_for_any_draws_gets_there_from_all(self, source):
         world = fixture_b()
@@ -244,7 +245,11 @@ class TestTraining:
         exact = ex.posterior(world.target, world.prompts)
         assert ex.kl(exact.log_prob(policy), exact.log_posterior) < 0.3
 
-    @pytest.mark.parametrize("source", [Replay(old=4, capacity=12), Lagging(3), Lagging(4, adaptive=False)], ids=str)
+    @pytest.mark.parametrize(
+        "source",
+        [Replay(old=4, capacity=12), Lagging(3), Lagging(4, adaptive=False), Ahead(), Ahead(reweigh=False)],
+        ids=str,
+    )
     def test_a_resumed_run_has_its_source_as_it_was(self, source, tmp_path):
         """Ten steps in one go, or five and five after a crash: the same weights, bit for bit."""
         world = fixture_b()

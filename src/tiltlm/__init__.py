@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tiltlm.evidence.win_rate import BestOfNReward, WinRate
     from tiltlm.explanation import explain
     from tiltlm.explanation.verdict import Explanation
+    from tiltlm.inference.ahead import Ahead
     from tiltlm.inference.compare import Comparison, Contender, compare
     from tiltlm.inference.decoding.best_of_n import BestOfN
     from tiltlm.inference.decoding.importance import Importance
@@ -129,6 +130,7 @@ _HOME = {
     "Interval": "records",
     "Isolated": "evidence.running",
     "IteratedRAFT": "inference.training.filtered.raft",
+    "Ahead": "inference.ahead",
     "Lagging": "inference.lagging",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",
@@ -229,6 +231,7 @@ __all__ = [
     "SFT",
     "SMC",
     "VLLM",
+    "Ahead",
     "Batched",
     "BestOfN",
     "BestOfNReward",

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.records import Draws, Scored
+from tiltlm.records import Draws, Likelihood, Scored
 
 if TYPE_CHECKING:
     from tiltlm.protocols import Evidence, Prior
@@ -50,13 +52,24 @@ class Target:
         Completions that the evidence dropped are left out and counted. Draws of the prior itself are not
         scored again: the log-probability of the law that drew them is on them.
         """
-        likelihood = self.evidence.log_likelihood(draws)
+        return self.joined(draws, self.evidence.log_likelihood(draws))
+
+    def joined(self, draws: Draws, likelihood: Likelihood, log_prior: Float[Tensor, "B T"] | None = None) -> Scored:
+        """Completions with what the evidence said of them.
+
+        Args:
+            log_prior: their log-probabilities under the prior, where they are known.
+        """
         kept = likelihood.kept
         whole = bool(kept.all())
         rows = draws if whole else draws.select(kept)
+        if log_prior is None:
+            log_prior = self.prior.log_prob(rows) if len(rows) else rows.log_q
+        elif not whole:
+            log_prior = log_prior[kept]
         return Scored(
             draws=rows,
-            log_prior=self.prior.log_prob(rows) if len(rows) else rows.log_q,
+            log_prior=log_prior,
             log_evidence=likelihood.log if whole else likelihood.log[kept],
             rewards={name: value if whole else value[kept] for name, value in likelihood.rewards.items()},
             beta=self.beta,

@@ -63,6 +63,7 @@ GROUPS = {
         "group",
         "replay",
         "lag",
+        "ahead",
         "teacher",
         "data",
         "steps",

@@ -261,12 +261,17 @@ def require_enough(world: World, batch: int, prompts: int) -> None:
         )
 
 
-def require_no_copies(source: Any, shard: bool) -> None:
-    """Raise if weights are to be divided of which the source keeps a copy.
+def require_divisible(source: Any, world: World, shard: bool) -> None:
+    """Raise if the source cannot serve several processes, or keeps a copy of weights that are to be divided.
 
     Raises:
         InputError: naming the source.
     """
+    if getattr(source, "one_process", False):
+        raise InputError(
+            f"ahead is on, but {world.size} processes were launched, whose rewards would not run in the same order; leave ahead "
+            f"out, or launch one"
+        )
     if shard and getattr(source, "copies_weights", False):
         raise InputError(
             f"shard is on, but the source {type(source).__name__} keeps a copy of the weights, which cannot be divided; leave out "
@@ -280,4 +285,4 @@ def _bare(draws: Draws) -> Draws:
     return replace(draws, prompts=empty)
 
 
-__all__ = ["DividedPolicy", "divided", "divided_update", "require_enough", "require_no_copies"]
+__all__ = ["DividedPolicy", "divided", "divided_update", "require_divisible", "require_enough"]

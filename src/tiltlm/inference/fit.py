@@ -25,7 +25,8 @@ from tiltlm.evidence.gold import Gold, as_gold
 from tiltlm.evidence.running.tally import SlowRewardWatch, counting, merged
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
-from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_enough, require_no_copies
+from tiltlm.inference.ahead import LooksAhead, Turn
+from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_divisible, require_enough
 from tiltlm.inference.fitting import MicroBatches
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
@@ -106,7 +107,7 @@ def fit(
     if world.size > 1:
         require_enough(world, settings.batch, len(encoded))
         shard = settings.shard or asked_to_shard()
-        require_no_copies(source, shard)
+        require_divisible(source, world, shard)
         shared, trained = divided(target, policy, world, shard)
         judge: Any = None if gold is None else DividedEvidence(as_gold(gold), world)
         gold = judge
@@ -179,14 +180,16 @@ class _Loop:
             if self.out and (done % self.settings.checkpoint_every == 0 or last):
                 self._save(done, monitor)
             if last:
+                self._settle()
                 break
 
     def _step(self, step: int) -> Metrics:
         began = time.perf_counter()
-        index = batch_of(step, len(self.prompts), self.settings.batch, self.settings.seed)
-        rng = generator(self.settings.seed, "draw", step)
+        turn = self._turn(step)
+        if isinstance(self.stream, LooksAhead):
+            self.stream.expect(self._turn(step + 1) if step + 1 < self.settings.steps else None)
         with counting() as tally:
-            batch = self.stream.batch(index, self.engine.group, rng)
+            batch = self.stream.batch(turn.index, turn.group, turn.rng)
         scored, fresh = batch.scored, batch.fresh or batch.scored
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
@@ -196,14 +199,16 @@ class _Loop:
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
-            learned = scored if update == 0 else self.stream.again(batch, index, rng)
+            learned = scored if update == 0 else self.stream.again(batch, turn.index, turn.rng)
             loss, info, norm = self._update(learned, step, fresh=update == 0 and self.source.origin == "policy")
             require_trainable(norm, scored)
         ended = time.perf_counter()
         if self.world.size > 1:
             tally = merged(self.world.exchange(tally.sent()))
         self.slow.look(tally, ended - began)
-        whole = len(index) >= len(self.prompts)
+        whole = len(turn.index) >= len(self.prompts)
+        if self.watch:
+            self._settle()
         return {
             **_of_draws(batch, self.target.beta),
             "loss": float(loss),
@@ -218,6 +223,15 @@ class _Loop:
             **(self.watch.measure(step + 1, self.target.beta, batch.fresh, whole) if self.watch else {}),
             **{f"engine/{name}": float(value.double().mean()) for name, value in info.items()},
         }
+
+    def _turn(self, step: int) -> Turn:
+        s = self.settings
+        index = batch_of(step, len(self.prompts), s.batch, s.seed)
+        return Turn(index, self.engine.group, generator(s.seed, "draw", step))
+
+    def _settle(self) -> None:
+        if isinstance(self.stream, LooksAhead):
+            self.stream.settle()
 
     def _update(self, scored: Scored, step: int, *, fresh: bool) -> tuple[Tensor, Info, float]:
         """One step of the optimiser; the loss, what the engine says of it, and the gradient's norm."""
@@ -249,6 +263,7 @@ class _Loop:
         return loss, info, norm
 
     def _certify(self) -> Certificate:
+        self._settle()
         return certify(
             self.policy,
             self.target,
@@ -354,13 +369,14 @@ class _Loop:
 
 
 def _of_draws(batch: Batch, beta: float) -> Metrics:
-    """What a step's completions say of the sampler: the policy's fresh ones, where there are any."""
+    """What a step's completions say of the law that drew them: of the policy's fresh ones, where there are any."""
     fresh = batch.fresh or batch.scored
-    kl = (fresh.draws.log_q.double() - fresh.log_prior.double()).sum(-1)
+    drew = fresh.draws.log_q if fresh.draws.log_mu is None else fresh.draws.log_mu
+    kl = (drew.double() - fresh.log_prior.double()).sum(-1)
     return {
         "reward": float((beta * fresh.log_evidence.double()).mean()),
         "kl_prior": float(kl.mean()) if batch.fresh is not None else None,  # of others' draws it says nothing
-        "elbo": float(fresh.log_weight.double().mean()) if batch.fresh is not None else None,
+        "elbo": float((fresh.log_evidence.double() - kl).mean()) if batch.fresh is not None else None,
         "length": float(fresh.draws.lengths.double().mean()),
         "truncated": float((~fresh.draws.ended).double().mean()),
         "dropped": fresh.dropped,

@@ -1,12 +1,13 @@
 """LoRA adapters on one copy of the base weights: which is active, and which receives gradients.
 
 A prior is the base with adapters off, or with a frozen adapter on; a policy is the same base with its own
-adapter on. All of them share the base's weights, so whoever runs the model activates its adapter first.
+adapter on. All of them share the base's weights, so whoever runs the model does so with its adapter `on`.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ class AdapterSwitch:
         self.peft: PeftModel | None = None
         self._active: str | None = None
         self._trained: dict[str, list[nn.Parameter]] = {}
+        self._turn = threading.RLock()
 
     @classmethod
     def adopt(cls, peft: PeftModel) -> AdapterSwitch:
@@ -146,8 +148,18 @@ class AdapterSwitch:
             self.peft.delete_adapter(name)
         self._active = ""  # whatever peft has made active, the next activate() sets it anew
 
+    @contextmanager
+    def on(self, name: str | None) -> Iterator[None]:
+        """Run the model with this adapter on; None switches all off.
+
+        Which one is on is the model's state, so a pass in another thread, of a reward that reads this model, waits for its turn.
+        """
+        with self._turn:
+            self.activate(name)
+            yield
+
     def activate(self, name: str | None) -> None:
-        """Run the model with this adapter on; None switches all off."""
+        """Leave the model with this adapter on."""
         if self.peft is None or name == self._active:
             return
         tuner: Any = self.peft.base_model

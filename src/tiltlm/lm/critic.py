@@ -163,8 +163,8 @@ class ModelCritic(ModelPolicy):
 
     def _raw(self, draws: Draws, adapter: str | None) -> tuple[Tensor, Tensor]:
         """Features without g, of the model with this adapter on, and the mask of their tokens."""
-        self.body.adapters.activate(adapter)
-        return completion_features(self.prior.body.backbone, draws)
+        with self.body.adapters.on(adapter):
+            return completion_features(self.prior.body.backbone, draws)
 
     @torch.no_grad()
     def _of_target(

@@ -19,8 +19,7 @@ class Stream:
 
     def __init__(self, critic: ModelCritic, adapter: str | None, prompts: Prompts, index: Int[Tensor, " B"]) -> None:
         self._adapters, self._backbone, self._adapter = critic.body.adapters, critic.prior.body.backbone, adapter
-        self._adapters.activate(adapter)
-        with torch.no_grad():
+        with torch.no_grad(), self._adapters.on(adapter):
             prefix = self._backbone.prefill(prompts).rows(index)
         self._memory, self._seen, self._features = prefix.memory, prefix.mask, prefix.last
         self._pending: Tensor | None = None
@@ -29,8 +28,8 @@ class Stream:
     def features(self) -> Float[Tensor, "B D"]:
         """Those that predict the next token; of no meaning for a row that has ended."""
         if self._pending is not None:
-            self._adapters.activate(self._adapter)
-            self._features = self._backbone.features(self._pending, self._seen, self._memory)[:, -1]
+            with self._adapters.on(self._adapter):
+                self._features = self._backbone.features(self._pending, self._seen, self._memory)[:, -1]
             self._pending = None
         return self._features
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,19 +121,19 @@ class View:
 
     def draw_part(self, prompts: Prompts, n: int, rng: Generator, part: range) -> Draws:
         """What `draw` gives for the prompts in `part`, as draws for those alone; `rng` moves on as if all had been drawn."""
-        self._activate()
-        raw = sample(
-            self.body.backbone,
-            prompts,
-            n,
-            self.law,
-            self.body.eos,
-            rng,
-            rows=self.rows,
-            stops=self.stops,
-            progress=self.progress,
-            part=part,
-        )
+        with self._running():
+            raw = sample(
+                self.body.backbone,
+                prompts,
+                n,
+                self.law,
+                self.body.eos,
+                rng,
+                rows=self.rows,
+                stops=self.stops,
+                progress=self.progress,
+                part=part,
+            )
         return Draws(
             prompts=prompts if len(part) == len(prompts) else prompts.select(part),
             tokens=raw.tokens,
@@ -194,12 +195,13 @@ class View:
         """Names this law while it does not change; a policy in training has none."""
         return f"{self.body.key}/{self.adapter}/{self.law}"
 
-    def _activate(self) -> None:
-        self.body.adapters.activate(self.adapter)
+    def _running(self) -> AbstractContextManager[None]:
+        """The model as this view has it, for one pass or several."""
+        return self.body.adapters.on(self.adapter)
 
     def _features(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        self._activate()
-        return completion_features(self.body.backbone, draws)
+        with self._running():
+            return completion_features(self.body.backbone, draws)
 
     def _log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:
         features, mask = self._features(draws)

@@ -178,6 +178,10 @@ class Recipe(BaseModel):
         0,
         description="draw from an earlier policy, renewed after so many steps if that brings it nearer to p*; 0: from the policy",
     )
+    ahead: bool = Field(
+        False,
+        description="run rewards while the next completions are drawn; these are then one update old, and weighed",
+    )
     teacher: str | None = Field(None, description="decoding engine whose samples are learned from, for sft and dpo")
     data: str | None = Field(None, description="file of completions or preferences to learn from, with TRL's columns")
     steps: Positive = Field(40, description="training steps")
@@ -234,7 +238,7 @@ class Recipe(BaseModel):
             raise ValueError(f"{' and '.join(chosen)} are ways to choose the same thing; give one of them")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; it is a temperature in reward units per nat and must be positive")
-        sources = [name for name in ("replay", "lag", "teacher", "data") if getattr(self, name)]
+        sources = [name for name in ("replay", "lag", "ahead", "teacher", "data") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(f"{' and '.join(sources)} are ways to get completions to learn from; give one of them")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:

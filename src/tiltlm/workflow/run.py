@@ -293,7 +293,7 @@ class Run:
             target,
             self.prompts if r.data is None else self.given.draws.prompts,
             self.engine,
-            source=source_of(r, lambda: self.given),
+            source=source_of(r, self.engine.claim, lambda: self.given),
             lora=lora_of(r),
             start=r.start,
             out=r.folder,

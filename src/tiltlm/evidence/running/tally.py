@@ -23,7 +23,7 @@ SLOW_SHARE, SLOW_SECONDS = 0.5, 5.0
 """A reward is slow that took more than this share of the time, once it has taken this many seconds."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tally:
     """Counts of what happened while it was open.
 
@@ -32,15 +32,18 @@ class Tally:
             `retried` ones, once for each time; calls that `timed_out`, and that `died` with their process; completions that
             `failed`: they have no value because the function raised, took too long or died.
         seconds: spent in each function, by its label; by the clock, waiting included.
+        beside: how many of these seconds nobody waited for, because something else was done meanwhile.
     """
 
     counts: Counter[What] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    beside: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """As a training run logs them."""
         counts = {f"reward_calls/{what}": self.counts[what] for what in COUNTED}
-        return {"seconds_reward": float(sum(self.seconds.values())), **counts}
+        waited = float(sum(self.seconds.values())) - self.beside
+        return {"seconds_reward": waited, "seconds_reward_beside": self.beside, **counts}
 
     def sent(self) -> tuple[dict[What, int], dict[str, float]]:
         """Plain values, for another process."""
@@ -77,6 +80,19 @@ def count(what: What, number: int = 1) -> None:
         tally.counts[what] += number
 
 
+def report(tally: Tally, beside: float = 0.0) -> None:
+    """Add what another thread counted to every tally that is open here.
+
+    Args:
+        beside: seconds of it that were not waited for.
+    """
+    for mine in _open.get():
+        mine.counts.update(tally.counts)
+        for label, taken in tally.seconds.items():
+            mine.seconds[label] += taken
+        mine.beside += beside
+
+
 @contextmanager
 def timed(label: str) -> Iterator[None]:
     """Add the time spent inside to every open tally."""
@@ -94,14 +110,15 @@ class SlowRewardWatch:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._all, self._said = 0.0, False
+        self._all, self._beside, self._said = 0.0, 0.0, False
 
     def look(self, tally: Tally, seconds: float) -> None:
         """One step's tally, and the seconds that the step took."""
         for label, taken in tally.seconds.items():
             self._seconds[label] += taken
         self._all += seconds
-        spent = sum(self._seconds.values())
+        self._beside += tally.beside
+        spent = sum(self._seconds.values()) - self._beside
         if self._said or spent < SLOW_SECONDS or spent < SLOW_SHARE * self._all:
             return
         self._said = True
