@@ -66,9 +66,33 @@ class Prefix:
     last: Float[Tensor, "P D"]
 
     def rows(self, index: Int[Tensor, " B"]) -> Prefix:
-        """A copy for the rows in `index`; the original cache is left as it is."""
+        """A copy for the rows in `index`; the original cache is left as it is. What none of them looks at any more is left out."""
         index = index.to(self.last.device)
-        return Prefix(self.memory.rows(index), self.mask[index], self.last[index])
+        memory, mask = self.memory.rows(index), self.mask[index]
+        cache = memory.cache
+        if isinstance(cache, SharedCache) and cache.used:
+            forgotten = int(mask[:, cache.shared :].any(0).int().argmax())
+            memory = replace(memory, cache=cache.forgetting(forgotten))
+            mask = torch.cat([mask[:, : cache.shared], mask[:, cache.shared + forgotten :]], dim=-1)
+        return Prefix(memory, mask, self.last[index])
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether rows that begin now may come beside those that are under way."""
+        return isinstance(self.memory.cache, SharedCache)
+
+    def beside(self, other: Prefix) -> Prefix:
+        """The rows of both, `other`'s behind, of which the prompts alone have been read. Only if it `takes_more`."""
+        cache, fresh = self.memory.cache, other.memory.cache
+        wide = max(cache.shared, fresh.shared)
+        mine = _pad(self.mask, wide - cache.shared, 0)
+        theirs = _pad(other.mask, wide - fresh.shared, cache.used)
+        memory = Memory(cache.beside(fresh))
+        return Prefix(memory, torch.cat([mine, theirs]), torch.cat([self.last, other.last]))
+
+
+def _pad(mask: Bool[Tensor, "B L"], left: int, right: int) -> Bool[Tensor, "B W"]:
+    return torch.nn.functional.pad(mask, (left, right), value=False)
 
 
 def select_cache(cache: Any, index: Int[Tensor, " B"]) -> Any:

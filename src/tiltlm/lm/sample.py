@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.lm.backbone import Backbone, Prefix
-from tiltlm.lm.head import Head, apply_law, at_least_float32, cached
+from tiltlm.lm.head import Head, apply_law, cached
 from tiltlm.lm.stops import StopStrings
 from tiltlm.protocols import Law
 from tiltlm.records import Prompts
@@ -100,63 +100,87 @@ def sample(
     uniform = torch.rand(len(prompts) * n, law.max_new_tokens, generator=rng, dtype=torch.float64)
     if part is not None:
         prompts, uniform = prompts.select(part), uniform[part.start * n : part.stop * n]
-    count = len(prompts)
-    waves: list[Sampled] = []
-    together = max(1, rows // n)
     with torch.inference_mode():
-        for first in range(0, count, together):
-            some = range(first, min(first + together, count))
-            prefix = backbone.prefill(prompts.select(some))
-            owner = torch.arange(len(some)).repeat_interleave(n)
-            for start in range(0, len(owner), rows):
-                wave = owner[start : start + rows]
-                numbers = uniform[some.start * n + start :][: len(wave)]
-                waves.append(_wave(backbone, prefix.rows(wave), numbers, law, eos, stops))
-                if progress is not None:
-                    progress(len(wave))
-    join = [torch.cat([getattr(wave, name) for wave in waves]) for name in ("tokens", "mask", "ended", "log_q")]
-    width = max(1, int(join[1].sum(-1).max()))
-    # cloned out of inference mode: an inference tensor could not be saved for a backward pass
-    return Sampled(join[0][:, :width].clone(), join[1][:, :width].clone(), join[2].clone(), join[3][:, :width].clone())
+        drawn = _decode(backbone, _Waiting(backbone, prompts, n), uniform, law, eos, rows, stops, progress)
+    # copied out of inference mode: an inference tensor could not be saved for a backward pass
+    return Sampled(*(getattr(drawn, name).clone() for name in ("tokens", "mask", "ended", "log_q")))
 
 
-def _wave(
+class _Waiting:
+    """Completions that have not begun, in order; their prompts are read when their turn comes."""
+
+    def __init__(self, backbone: Backbone, prompts: Prompts, n: int) -> None:
+        self._backbone, self._prompts = backbone, prompts
+        self._owner = torch.arange(len(prompts)).repeat_interleave(n)
+        self._begun, self._read, self._prefix = 0, range(0), None
+
+    def __len__(self) -> int:
+        return len(self._owner) - self._begun
+
+    def take(self, count: int) -> Prefix:
+        """The next `count` completions, or all that are left."""
+        owner = self._owner[self._begun : self._begun + count]
+        self._begun += len(owner)
+        asked = range(int(owner[0]), int(owner[-1]) + 1)
+        if self._prefix is None or asked.start not in self._read or asked[-1] not in self._read:
+            self._prefix, self._read = self._backbone.prefill(self._prompts.select(asked)), asked
+        return self._prefix.rows(owner - self._read.start)
+
+
+def _decode(
     backbone: Backbone,
-    prefix: Prefix,
+    waiting: _Waiting,
     uniform: Float[Tensor, "B T"],
     law: Law,
     eos: tuple[int, ...],
+    rows: int,
     stops: StopStrings | None,
+    progress: Callable[[int], None] | None,
 ) -> Sampled:
-    """Decode one batch of rows to the end."""
-    count, limit = len(prefix.mask), law.max_new_tokens
-    head, memory = backbone.drawing_head, prefix.memory
-    device = prefix.last.device
+    """Decode all that waits, at most `rows` at a time: what has ended leaves, and what waits takes its place if the model can."""
+    (count, limit), device = uniform.shape, backbone.device
     uniform = uniform.to(device)
     ends = torch.tensor(eos, dtype=torch.long, device=device)
     tokens = torch.zeros(count, limit, dtype=torch.long, device=device)
-    mask = torch.zeros(count, limit, dtype=torch.bool, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    features, seen = prefix.last, prefix.mask
-    log_q = torch.zeros(count, limit, dtype=at_least_float32(features[:0]).dtype, device=device)
-    alive = torch.arange(count, device=device)  # the completion that each row in the model belongs to
-    for step in range(limit):
-        token, log_prob = next_token(features, head, law, uniform[alive, step])
-        open_ = ~ended[alive]
-        live = alive[open_]
-        tokens[live, step], log_q[live, step], mask[live, step] = token[open_], log_prob[open_], True
+    log_q: Tensor | None = None
+    inside: Prefix | None = None
+    which = torch.zeros(0, dtype=torch.long, device=device)  # the completion that each row in the model is
+    while len(waiting) or inside is not None:
+        if len(waiting) and (inside is None or (inside.takes_more and len(which) <= _few(rows))):
+            first, new = count - len(waiting), waiting.take(rows - len(which))
+            inside = new if inside is None else inside.beside(new)
+            which = torch.cat([which, torch.arange(first, count - len(waiting), device=device)])
+        assert inside is not None
+        place = lengths[which]
+        number = uniform[which, place.clamp(max=limit - 1)]
+        token, log_prob = next_token(inside.last, backbone.drawing_head, law, number)
+        if log_q is None:
+            log_q = torch.zeros(count, limit, dtype=log_prob.dtype, device=device)
+        open_ = ~ended[which] & (place < limit)
+        live, place = which[open_], place[open_]
+        tokens[live, place], log_q[live, place] = token[open_], log_prob[open_]
+        lengths[live] = place + 1
         ended[live] = torch.isin(token[open_], ends)
         if stops is not None:
-            so_far = tokens[:, : step + 1]
             ended[live] |= stops.completed(
-                token[open_], lambda n, live=live, so_far=so_far: so_far[live[n]].tolist()
+                token[open_], lambda n, live=live: tokens[live[n], : lengths[live[n]]].tolist()
             ).to(device)
-        going = ~ended[alive]
-        if step + 1 == limit or not going.any():
-            break
-        if going.sum() <= math.floor(0.875 * len(alive)):
-            rows = going.nonzero().flatten()
-            memory, seen, token, alive = memory.rows(rows), seen[rows], token[rows], alive[rows]
-        seen = torch.cat([seen, seen.new_ones(len(alive), 1)], dim=-1)
-        features = backbone.features(token[:, None], seen, memory)[:, -1]
-    return Sampled(tokens.cpu(), mask.cpu(), ended.cpu(), log_q.cpu())
+        going = (~ended[which] & (lengths[which] < limit)).nonzero().flatten()
+        if len(going) <= _few(len(which)):
+            if progress is not None:
+                progress(len(which) - len(going))
+            inside, which, token = inside.rows(going) if len(going) else None, which[going], token[going]
+        if inside is not None:
+            seen = torch.cat([inside.mask, inside.mask.new_ones(len(which), 1)], dim=-1)
+            inside = Prefix(inside.memory, seen, backbone.features(token[:, None], seen, inside.memory)[:, -1])
+    assert log_q is not None
+    width = max(1, int(lengths.max()))
+    mask = torch.arange(width, device=device) < lengths[:, None]
+    return Sampled(*(x.cpu() for x in (tokens[:, :width], mask, ended, log_q[:, :width])))
+
+
+def _few(rows: int) -> int:
+    """So many are few enough of `rows` for the others to leave: moving the rest costs less than carrying them along."""
+    return math.floor(0.875 * rows)

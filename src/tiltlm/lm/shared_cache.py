@@ -78,6 +78,41 @@ class SharedCache:
         ]
         return replace(self, layers=layers, groups=Groups(owner, len(prompts)))
 
+    def forgetting(self, count: int) -> SharedCache:
+        """The same without the first `count` positions beyond the prompts, which no row looks at any more."""
+        layers = [
+            Layer(layer.shared, None if layer.own is None else (layer.own[0][:, :, count:], layer.own[1][:, :, count:]))
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers, used=self.used - count)
+
+    def beside(self, other: SharedCache) -> SharedCache:
+        """The rows of both, `other`'s behind; of `other` the prompts alone have been read. Without gradient.
+
+        Prompts are padded on the left to one length. Beyond them the new rows have as many positions as the old ones: nothing is
+        there, and whoever masks the rows hides it.
+        """
+        wide, count = max(self.shared, other.shared), len(other.groups.owner)
+        layers: list[Layer] = []
+        for mine, new in zip(self.layers, other.layers, strict=True):
+            shared = [
+                torch.cat([_left(a, wide), _left(b, wide)], dim=1) for a, b in zip(mine.shared, new.shared, strict=True)
+            ]
+            own = None if mine.own is None else [_below(x[:, :, : self.used], count) for x in mine.own]
+            layers.append(Layer((shared[0], shared[1]), None if own is None else (own[0], own[1])))
+        owner = torch.cat([self.groups.owner, other.groups.owner + self.groups.count])
+        return replace(self, layers=layers, groups=Groups(owner, self.groups.count + other.groups.count))
+
+
+def _below(x: Float[Tensor, "K B C D"], count: int) -> Float[Tensor, "K A C D"]:
+    """With `count` empty rows behind."""
+    return torch.cat([x, x.new_zeros(x.shape[0], count, *x.shape[2:])], dim=1)
+
+
+def _left(x: Float[Tensor, "K P L D"], width: int) -> Float[Tensor, "K P W D"]:
+    """Padded on the left."""
+    return torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0))
+
 
 def _joined(own: Sequence[Tensor], new: Sequence[Tensor], used: int) -> tuple[Tensor, Tensor]:
     keys, values = (torch.cat([old[:, :, :used], more], dim=2) for old, more in zip(own, new, strict=True))
