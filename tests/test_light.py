@@ -1,5 +1,6 @@
 """The light body gives what transformers and PEFT give, and every short cut is the long way round in double precision."""
 
+import contextlib
 import copy
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
 from tiltlm.lm.packing import Packer, _cpu_packs
 from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.lm.stops import StopStrings, _closers
+from tiltlm.testing import small_language
 
 PROMPTS = ["the film", "a quiet story of two friends who", "good"]
 SIZES = {
@@ -270,3 +272,55 @@ def test_stop_strings_look_at_few_rows_and_miss_none():
                 assert bool(got) == (n == first)
     assert len(_closers(tokenizer, ("y",))) < len(tokenizer) / 2
     assert _closers(tokenizer, ("y ",)) is None, "a space may be lost at the beginning of a text"
+
+
+class TestRecomputing:
+    """Gradient checkpointing: the same gradients, and less kept for them."""
+
+    def gradients(self, policy, draws, context):
+        named, kept = policy.named_parameters(), []
+
+        def pack(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = policy.forward(draws, frozenset({"log_q"})).log_q.sin().sum()
+            loss.backward()
+        found = {name: value.grad.clone() for name, value in named.items()}
+        for value in named.values():
+            value.grad = None
+        return found, sum(kept)
+
+    @pytest.mark.parametrize("kind", ["llama", "qwen3"])
+    @pytest.mark.parametrize("lora", [True, False])
+    def test_gradients_are_the_same_and_less_is_kept(self, kind, lora):
+        prior, policy = policy_of(model_of(kind))
+        policy = policy if lora else prior.policy(lora=None)
+        draws = policy.draw(policy.encode(PROMPTS), 12, torch.Generator().manual_seed(2))
+        expected, all_kept = self.gradients(policy, draws, contextlib.nullcontext())
+        found, kept = self.gradients(policy, draws, policy.body.backbone.recomputing())
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+        assert kept < 0.5 * all_kept
+        assert not policy.body.backbone._light._recompute
+
+    def test_training_asks_for_it(self, monkeypatch):
+        prior, _ = policy_of(model_of("llama"))
+        target = prior * tl.Reward(lambda completions: [len(text) / 20 for text in completions], beta=0.2)
+        used = []
+        monkeypatch.setattr("tiltlm.lm.light.checkpoint", lambda run, *args, **_: (used.append(1), run(*args))[1])
+        for asked in (False, True):
+            tl.fit(target, PROMPTS, steps=1, batch=2, lora=tl.LoRA(r=2), gradient_checkpointing=asked)
+            assert bool(used) is asked
+
+    def test_other_models_are_refused(self):
+        target = load(make_model("gpt2"), make_tokenizer()).prior(max_new_tokens=4) * tl.Reward(
+            lambda completions: [0.0] * len(completions), beta=0.2
+        )
+        with pytest.raises(tl.InputError, match="gradient_checkpointing is on, .* GPT2LMHeadModel is not one"):
+            tl.fit(target, PROMPTS, steps=1, batch=2, gradient_checkpointing=True)
+        world = small_language()
+        with pytest.raises(tl.InputError, match="gradient_checkpointing is on, .* TabularLM is not one"):
+            tl.fit(world.target, world.prompts, steps=1, batch=1, lora=None, gradient_checkpointing=True)

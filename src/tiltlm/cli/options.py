@@ -79,6 +79,7 @@ GROUPS = {
         "lora_targets",
         "start",
         "micro_tokens",
+        "gradient_checkpointing",
         "shard",
         "certify_every",
         "certify_samples",

@@ -27,7 +27,7 @@ from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
 from tiltlm.inference.ahead import LooksAhead, Turn
 from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_divisible, require_enough
-from tiltlm.inference.fitting import MicroBatches
+from tiltlm.inference.fitting import MicroBatches, recomputing
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.inference.settings import Training
@@ -103,7 +103,7 @@ def fit(
         policy = _new_policy(target, engine, lora, start, settings.seed)
         made_of = f"{lora}" if start is None else f"started from {start}"
     folder, world = Path(out) if out else None, join()
-    shared, trained = target, policy
+    shared, trained, shard = target, policy, False
     if world.size > 1:
         require_enough(world, settings.batch, len(encoded))
         shard = settings.shard or asked_to_shard()
@@ -117,6 +117,7 @@ def fit(
         refuse_earlier(loop.out)
     monitor = (monitor or Monitor(out=folder)) if world.main else Monitor(quiet=True)
     with ExitStack() as stack:
+        stack.enter_context(recomputing(policy, settings, shard))
         world.each(lambda: stack.enter_context(monitor))
         loop.run(monitor, resume)
     return policy

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 
 from tiltlm.errors import InputError, TiltWarning
+from tiltlm.inference.settings import Training
 
 T = TypeVar("T")
+
+
+def recomputing(policy: Any, settings: Training, shard: bool) -> AbstractContextManager[Any]:
+    """Training that keeps of each layer only what goes in, if the settings ask for it.
+
+    Raises:
+        InputError: where the policy cannot, on entering.
+    """
+    if not settings.gradient_checkpointing:
+        return nullcontext()
+    if shard:
+        raise InputError(
+            "gradient_checkpointing and shard are both on, but the layers of sharded weights are run by transformers; leave out one "
+            "of them"
+        )
+    return policy.body.backbone.recomputing()
 
 
 class MicroBatches:

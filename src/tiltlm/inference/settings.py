@@ -20,6 +20,8 @@ class Training:
         engine_lr: the same for what is trained beside the language model: an engine's log Z, value heads.
         clip: largest norm of the gradient.
         micro_tokens: most completion tokens in one pass with gradient; bounds memory, not the result.
+        gradient_checkpointing: keep of each layer only what goes in, and run it again in the backward pass: less memory for a third
+            more arithmetic; for models that TiltLM runs itself (docs/models.md).
         certify_every: certificate every so many steps, 0 for none.
         certify_samples: draws a prompt in it.
         patience: stop after so many certificates without a better ELBO, 0 to go on to the end.
@@ -40,6 +42,7 @@ class Training:
     warmup: int = 2
     schedule: Schedule = "linear"
     micro_tokens: int = 1024
+    gradient_checkpointing: bool = False
     certify_every: int = 0
     certify_samples: int = 16
     patience: int = 0

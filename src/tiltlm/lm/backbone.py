@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,6 +219,17 @@ class Backbone(ABC):
         other = copy.copy(self)
         other._tilt = tilt
         return other
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Keep less for backward passes, which run each layer again (gradient checkpointing).
+
+        Raises:
+            InputError: for a model that transformers runs: with a cache, as prompts are shared, it has no such thing.
+        """
+        raise InputError(
+            f"gradient_checkpointing is on, which is for models that TiltLM runs itself, and {type(self.model).__name__} is not one "
+            f"of them here; leave it out, and lower micro_tokens instead"
+        )
 
     @property
     def device(self) -> torch.device:

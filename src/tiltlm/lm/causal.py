@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,6 +77,9 @@ class CausalBackbone(Backbone):
 
     def takes_ragged(self, prompts: Prompts) -> bool:
         return not prompts.inputs  # an image token in a completion is no image, so prompts with pixels are read alone
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        return super().recomputing() if self._light is None else self._light.recomputing()
 
     def room(self, max_new_tokens: int) -> int | None:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -10,6 +10,8 @@ every kind of adapter that is not a plain low-rank one, goes through the model's
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from tiltlm.lm.attention import Groups, Sight, attend
 from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
 from tiltlm.lm.packing import Packed, Packer, worth_packing
-from tiltlm.lm.shared_cache import SharedCache
+from tiltlm.lm.shared_cache import Layer, SharedCache
 
 Linears = tuple[Projection, ...] | Packed
 
@@ -69,6 +72,7 @@ class LightBody:
         self.width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.heads: int = config.num_key_value_heads
         self._packer = Packer()
+        self._recompute = False
 
     @staticmethod
     def of(body: nn.Module | None) -> LightBody | None:
@@ -77,6 +81,15 @@ class LightBody:
             return None
         light = LightBody(body)
         return light if light._agrees() else None
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Passes inside keep of each layer what goes in, and run it again for its gradient (Chen et al. 2016)."""
+        before, self._recompute = self._recompute, True
+        try:
+            yield
+        finally:
+            self._recompute = before
 
     def open(self, rows: int) -> SharedCache | None:
         """An empty cache for `rows` prompts, with the weights as they are now; None if an adapter is on that is not a plain one."""
@@ -108,9 +121,16 @@ class LightBody:
         cos, sin = (x[0, :, None] for x in self._body.rotary_emb(hidden, position_ids=positions[None]))
         scale = self.width**-0.5
         turn_q, turn_k = (cos * scale, sin * scale), (cos, sin)
-        once = _Pass(self, cache, Sight(mask, asks, cache.shared), places, turn_q, turn_k)
+        once = _Pass(self, cache.groups, cache.used, Sight(mask, asks, cache.shared), places, turn_q, turn_k)
         for number, plan in enumerate(cache.plans):
-            hidden = once.through(hidden, plan, number)
+            if self._recompute and torch.is_grad_enabled():
+                found = checkpoint(
+                    once.through, hidden, plan, cache.layer(number), use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                found = once.through(hidden, plan, cache.layer(number))
+            hidden, layer = found
+            cache.keep(number, layer)
         cache.used += asks.shape[1] if once.sight.shared else 0
         features = rms_norm(hidden, self._body.norm.weight, self.eps)
         return once.padded(features).view(*asks.shape, -1)
@@ -146,26 +166,31 @@ class LightBody:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass through all layers.
+    """One pass through all layers. It changes nothing, so that a layer may be run again for its gradient.
 
     Attributes:
+        groups: the prompt of each row.
+        used: positions that the rows have beyond their prompts already.
         places: where the real tokens stand among all positions of all rows; None if all are real.
         turn_q, turn_k: cosine and sine of the real tokens' positions; those for queries have the scores' scale in them.
     """
 
     body: LightBody
-    cache: SharedCache
+    groups: Groups
+    used: int
     sight: Sight
     places: Int[Tensor, " N"] | None
     turn_q: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
     turn_k: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
 
-    def through(self, hidden: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
-        """Layer `number`."""
-        seen = self._attention(rms_norm(hidden, plan.norm, self.body.eps), plan, number)
+    def through(
+        self, hidden: Float[Tensor, "N D"], plan: LayerPlan, before: Layer | None
+    ) -> tuple[Float[Tensor, "N D"], Layer]:
+        """One layer, and what is to be remembered of it."""
+        seen, layer = self._attention(rms_norm(hidden, plan.norm, self.body.eps), plan, before)
         hidden = hidden + _apply(plan.out, seen)[0]
         inside = swiglu(*_apply(plan.gate_up, rms_norm(hidden, plan.mlp_norm, self.body.eps)))
-        return hidden + _apply(plan.down, inside)[0]
+        return hidden + _apply(plan.down, inside)[0], layer
 
     def padded(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "BS D"]:
         """Real tokens back among the padding."""
@@ -173,17 +198,20 @@ class _Pass:
             return x
         return x.new_zeros(self.sight.asks.numel(), x.shape[-1]).index_copy(0, self.places, x)
 
-    def _attention(self, x: Float[Tensor, "N D"], plan: LayerPlan, number: int) -> Float[Tensor, "N D"]:
+    def _attention(
+        self, x: Float[Tensor, "N D"], plan: LayerPlan, before: Layer | None
+    ) -> tuple[Float[Tensor, "N D"], Layer]:
         q, k, v = _apply(plan.qkv, x)
         q, k = (part.view(len(x), -1, self.body.width) for part in (q, k))
         if plan.head_norms is not None:
             q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
         q, k = rotate(q, *self.turn_q), rotate(k, *self.turn_k)
         q, k, v = (self._by_head(part.reshape(len(x), -1)) for part in (q, k, v))
-        keys, values = self.cache.add(number, k[:, :, 0], v[:, :, 0])
-        out = attend(q, keys, values, self.cache.groups, self.sight).permute(1, 3, 0, 2, 4)
+        new = k[:, :, 0], v[:, :, 0]
+        layer, keys, values = Layer.of_prompts(*new) if before is None else before.grown(*new, self.used)
+        out = attend(q, keys, values, self.groups, self.sight).permute(1, 3, 0, 2, 4)
         out = out.reshape(self.sight.asks.numel(), -1)
-        return out if self.places is None else out[self.places]
+        return out if self.places is None else out[self.places], layer
 
     def _by_head(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "K B R S D"]:
         """Real tokens as rows again, the heads of the keys first."""

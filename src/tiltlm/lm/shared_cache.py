@@ -16,7 +16,7 @@ ROOM = 32
 """Positions that a row's cache begins with; it doubles when they are used up."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layer:
     """Keys and values of one layer; heads come first.
 
@@ -27,6 +27,25 @@ class Layer:
 
     shared: tuple[Float[Tensor, "K P L D"], Float[Tensor, "K P L D"]]
     own: tuple[Float[Tensor, "K B C D"], Float[Tensor, "K B C D"]] | None = None
+
+    @staticmethod
+    def of_prompts(keys: Float[Tensor, "K P L D"], values: Float[Tensor, "K P L D"]) -> tuple[Layer, Keys, Keys]:
+        """What is remembered of prompts; and the keys and values that they look at, which nobody shares yet."""
+        keys, values = keys.contiguous(), values.contiguous()
+        return Layer((keys, values)), Keys(keys[:, :, :0], keys), Keys(values[:, :, :0], values)
+
+    def grown(
+        self, keys: Float[Tensor, "K B S D"], values: Float[Tensor, "K B S D"], used: int
+    ) -> tuple[Layer, Keys, Keys]:
+        """With new positions after the `used` ones of the rows; and all keys and values that are there."""
+        if torch.is_grad_enabled():  # written in place they could not be differentiated
+            new = keys.contiguous(), values.contiguous()
+            own = new if self.own is None else _joined(self.own, new, used)
+        else:
+            own = _written(self.own, (keys, values), used)
+        last = used + keys.shape[2]
+        whole = [Keys(shared, mine[:, :, :last]) for shared, mine in zip(self.shared, own, strict=True)]
+        return Layer(self.shared, own), whole[0], whole[1]
 
 
 @dataclass
@@ -50,21 +69,13 @@ class SharedCache:
         """Positions of the prompts."""
         return self.layers[0].shared[0].shape[2] if self.layers else 0
 
-    def add(self, number: int, keys: Float[Tensor, "K B S D"], values: Float[Tensor, "K B S D"]) -> tuple[Keys, Keys]:
-        """Remember keys and values of new positions of layer `number`; returns all that are there."""
-        if number == len(self.layers):  # the prompts: nothing is shared yet
-            keys, values = keys.contiguous(), values.contiguous()
-            self.layers.append(Layer((keys, values)))
-            return Keys(keys[:, :, :0], keys), Keys(values[:, :, :0], values)
-        layer = self.layers[number]
-        if torch.is_grad_enabled():  # written in place they could not be differentiated
-            new = keys.contiguous(), values.contiguous()
-            layer.own = new if layer.own is None else _joined(layer.own, new, self.used)
-        else:
-            layer.own = _written(layer.own, (keys, values), self.used)
-        last = self.used + keys.shape[2]
-        whole = [Keys(shared, own[:, :, :last]) for shared, own in zip(layer.shared, layer.own, strict=True)]
-        return whole[0], whole[1]
+    def layer(self, number: int) -> Layer | None:
+        """What is remembered of layer `number`; None before it has read the prompts."""
+        return self.layers[number] if number < len(self.layers) else None
+
+    def keep(self, number: int, layer: Layer) -> None:
+        """Remember this of layer `number`, and forget what was remembered of it."""
+        self.layers[number : number + 1] = [layer]
 
     def rows(self, index: Int[Tensor, " B"]) -> SharedCache:
         """A cache that holds the rows in `index`; differentiable, and the original keeps its rows. Prompts are not copied."""

@@ -197,6 +197,9 @@ class Recipe(BaseModel):
     lora_targets: list[str] = Field([], description="modules that get an adapter; all linear ones by default")
     start: str | None = Field(None, description="PEFT adapter to start from; the prior remains the reference")
     micro_tokens: Positive = Field(1024, description="most completion tokens in a pass with gradient; bounds memory")
+    gradient_checkpointing: bool = Field(
+        False, description="run each layer again in the backward pass: less memory, a third more arithmetic"
+    )
     shard: bool = Field(False, description="of several processes, each keeps a share of the weights only (FSDP2)")
     certify_every: Annotated[int, Field(ge=0)] = Field(0, description="certificate every so many steps; 0 for none")
     certify_samples: Annotated[int, Field(ge=2)] = Field(16, description="draws a prompt in it")
