@@ -48,6 +48,9 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a completion")
+    parser.add_argument(
+        "--judge-seconds", type=float, default=0, help="what the reward waits a batch, as for a remote judge"
+    )
     parser.add_argument("--rank", type=int, default=16, help="LoRA's, on all linear layers; 0 trains all weights")
     return parser
 
@@ -99,14 +102,15 @@ class CountedReward:
 
     __name__ = "counted"
 
-    def __init__(self, reward: Callable[..., list[float]]) -> None:
-        self.reward = reward
+    def __init__(self, reward: Callable[..., list[float]], wait: float = 0.0) -> None:
+        self.reward, self.wait = reward, wait
         self.lengths: list[list[int]] = []
         self.seconds: list[float] = []
 
     def __call__(self, completions: list[str], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
         began = time.perf_counter()
         values = self.reward(completions, completion_ids=completion_ids)
+        time.sleep(self.wait)
         self.seconds.append(time.perf_counter() - began)
         self.lengths.append([len(ids) for ids in completion_ids])
         return values

@@ -1,4 +1,4 @@
-"""One training step: TiltLM beside TRL, RLOO and GRPO, at two sizes of SmolLM2 and on a model so small that only overhead is left.
+"""One training step: TiltLM beside TRL: RLOO and GRPO, SmolLM2 at two sizes and with a slow reward, and a model that leaves only overhead.
 
 python bench/step.py                              # all cases
 python bench/step.py --cases rloo-4x8x32 --rounds 5
@@ -18,6 +18,8 @@ SIDES = (Side(OURS, "step_tiltlm.py"), Side("TRL", "step_trl.py", "trl"))
 SMOLLM2 = ("smollm2",)
 TINY = ("llama", "--width", "56", "--layers", "2", "--vocabulary", "128")
 """About 100,000 parameters."""
+JUDGE = 5.0
+"""Seconds that the slow reward takes for a batch."""
 
 
 def case(engine: str, prompts: int, group: int, tokens: int, steps: int, rounds: int) -> Case:
@@ -25,6 +27,13 @@ def case(engine: str, prompts: int, group: int, tokens: int, steps: int, rounds:
     size = ("--prompts", str(prompts), "--group", str(group), "--tokens", str(tokens))
     name = f"{engine}-{prompts}x{group}x{tokens}"
     return Case(name, SMOLLM2, SIDES, ("--engine", engine, *size, "--steps", str(steps)), rounds)
+
+
+def judged(steps: int, rounds: int) -> Case:
+    """The small step with a reward that takes as long as a remote judge: who works meanwhile?"""
+    ahead = Side(f"{OURS}, ahead", "step_tiltlm.py", flags=("--ahead",))
+    flags = ("--steps", str(steps), "--judge-seconds", str(JUDGE))
+    return Case("judged-4x8x32", SMOLLM2, (*SIDES, ahead), flags, rounds)
 
 
 def tiny(steps: int, rounds: int) -> Case:
@@ -51,6 +60,7 @@ CASES = (
     case("rloo", 4, 8, 32, steps=2, rounds=2),
     case("rloo", 4, 32, 64, steps=1, rounds=1),
     case("grpo", 4, 8, 32, steps=1, rounds=1),
+    judged(steps=3, rounds=1),
     tiny(steps=30, rounds=3),
 )
 
@@ -102,6 +112,8 @@ def _table(name: str, found: dict[str, Any], result: dict[str, Any]) -> Table:
     engine, size = name.split("-")
     prompts, group, tokens = size.split("x")
     what = f"{engine.upper()}, SmolLM2-135M, LoRA, {result['dtype']}"
+    if engine == "judged":
+        what = f"RLOO, SmolLM2-135M, LoRA, {result['dtype']}, a reward that waits for {JUDGE:g} s a batch"
     if engine == "tiny":
         what = "RLOO, a model of 100,000 parameters, all weights, float32, one thread"
     title = f"{what}: {prompts} prompts × {group} × {tokens} tokens"

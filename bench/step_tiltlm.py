@@ -44,9 +44,11 @@ class Stopwatch(Monitor):
 
 
 def main() -> None:
-    arguments = step_parser(__doc__).parse_args()
+    parser = step_parser(__doc__)
+    parser.add_argument("--ahead", action="store_true", help="rewards beside the update and the next draws")
+    arguments = parser.parse_args()
     set_threads(arguments)
-    reward = CountedReward(reward_of(arguments.model))
+    reward = CountedReward(reward_of(arguments.model), arguments.judge_seconds)
     with quiet_stdout():
         language_model = tl.load(arguments.model, dtype=arguments.dtype, device=arguments.device)
         prior = language_model.prior(max_new_tokens=arguments.tokens)
@@ -57,6 +59,7 @@ def main() -> None:
             prior * tl.Reward(reward, beta=BETA),
             prompts(arguments.model, arguments.prompts),
             engine=ENGINES[arguments.engine](group=arguments.group),
+            source=tl.Ahead() if arguments.ahead else None,
             lora=lora,
             monitor=stopwatch,
             settings=tl.Training(steps=arguments.warmup + arguments.steps, batch=arguments.prompts, lr=LR),

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=32, help="completions in one pass with gradient")
     arguments = parser.parse_args()
     set_threads(arguments)
-    reward = CountedReward(reward_of(arguments.model))
+    reward = CountedReward(reward_of(arguments.model), arguments.judge_seconds)
     stopwatch = Stopwatch(arguments.device)
     steps, completions = arguments.warmup + arguments.steps, arguments.prompts * arguments.group
     micro = min(arguments.micro, completions)
