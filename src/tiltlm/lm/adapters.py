@@ -78,6 +78,13 @@ class AdapterSwitch:
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._turn = threading.RLock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which cannot be copied; a copy has a model of its own, and so a lock of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state, _turn=threading.RLock())
+
     @classmethod
     def adopt(cls, peft: PeftModel) -> AdapterSwitch:
         """Take over a `PeftModel` that someone else made."""
