@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from test_mismatch import World as Enumerated
-from tiltlm.inference.ahead import Ahead, Turn
+from test_mismatch import shifted
+from tiltlm.inference.ahead import Ahead
+from tiltlm.inference.catalogue import training_engines
 from tiltlm.inference.divided import require_divisible
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.source import default_source, require_sound
+from tiltlm.inference.source import Turn, default_source, require_sound
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_b, small_language
 from tiltlm.world import World
@@ -136,11 +138,11 @@ class TestDraws:
         stream = Ahead().open(world.target, policy, world.prompts, 0)
         before = policy.draw(world.prompts.select([0]), 6, torch.Generator().manual_seed(1))
         stream.expect(second)
-        now = stream.batch(first.index, first.group, first.rng)
+        now = stream.batch(first)
         assert now.scored.draws.log_mu.equal(now.scored.draws.log_q)  # nothing has moved yet
         moved(policy, 0.5)
         stream.expect(None)
-        batch = stream.batch(second.index, second.group, second.rng)
+        batch = stream.batch(second)
         draws = batch.scored.draws
         assert draws.tokens.equal(before.tokens)
         assert draws.log_mu.equal(before.log_q)
@@ -168,11 +170,11 @@ class TestDraws:
         first, second = turns(world, 2)
         stream = Ahead(reweigh=False).open(world.target, policy, world.prompts, 0)
         stream.expect(second)
-        stream.batch(first.index, first.group, first.rng)
+        stream.batch(first)
         before = policy.draw(world.prompts.select([0]), 6, torch.Generator().manual_seed(1))
         moved(policy, 0.5)
         stream.expect(None)
-        draws = stream.batch(second.index, second.group, second.rng).scored.draws
+        draws = stream.batch(second).scored.draws
         assert draws.log_mu is None
         assert draws.log_q.equal(before.log_q)
 
@@ -213,6 +215,24 @@ class TestClaims:
         source = Ahead.for_claim(engine.claim)
         assert source.reweigh is (engine.claim.data == "on-policy")
         require_sound(engine, source)
+
+    @pytest.mark.parametrize("name", ["rloo", "reinforce", "grpo-tilt", "minimum-risk", "ppo"])
+    def test_the_weights_give_an_engine_its_own_expected_gradient(self, name):
+        """Those whose loss is a sum over completions, to rounding; minimum risk, which divides by its sample, nearly."""
+        engine = training_engines()[name]
+        values = "values" in engine.claim.needs
+        there = Enumerated(
+            0.3, policy=lambda world: shifted(world.prior.policy(lora=None, values=values), 0.4, torch.cos)
+        )
+        engine = replace(engine, group=1 if values else 2)
+        own = there.expected_gradient(engine, corrected=False, by=there.log_q)
+
+        def error(found):
+            return max(float((found[n] - own[n]).abs().max() / own[n].abs().max().clamp(min=1e-12)) for n in own)
+
+        # a value head is in single precision
+        assert error(there.expected_gradient(engine)) < (1e-6 if name in ("ppo", "minimum-risk") else 1e-10)
+        assert error(there.expected_gradient(engine, corrected=False)) > 0.05
 
     def test_what_no_claim_covers_is_refused(self):
         with pytest.raises(tl.InputError, match="source is Ahead, which RLOO cannot learn from"):
@@ -274,6 +294,23 @@ class TestRuns:
             assert row["seconds_reward"] + row["seconds_reward_beside"] >= 0.05
             assert {"mismatch/ess", "mismatch/kl"} <= row.keys()
         assert rows[0]["mismatch/ess"] == pytest.approx(1.0)
+
+    def test_what_is_logged_is_of_the_law_that_drew(self, tmp_path):
+        """Its draws have its mean reward, its KL and so its ELBO; those of the policy after it would belong to other draws."""
+        seen = []
+
+        class Seen(tl.RLOO):
+            def loss(self, forward, scored, state):
+                seen.append(scored)
+                return super().loss(forward, scored, state)
+
+        train(target(), tmp_path, engine=Seen(group=4))
+        for row, scored in zip(logged(tmp_path), seen, strict=True):
+            log_mu, log_q = (t.double().sum(-1) for t in (scored.draws.log_mu, scored.draws.log_q))
+            log_prior = scored.log_prior.double().sum(-1)
+            assert row["kl_prior"] == pytest.approx(float((log_mu - log_prior).mean()), abs=1e-6)
+            assert row["elbo"] == pytest.approx(float((scored.log_evidence + log_prior - log_mu).mean()), abs=1e-5)
+        assert not torch.allclose(log_mu, log_q)
 
     def test_an_update_that_goes_too_far_is_said(self):
         with pytest.warns(

@@ -13,6 +13,7 @@ import torch
 import tiltlm as tl
 from conftest import settings, write
 from serving import Serving
+from tiltlm.inference.source import Turn
 from tiltlm.lm.generators.protocol import Continuation
 from tiltlm.posterior import exact as ex
 from tiltlm.testing import fixture_b
@@ -349,8 +350,8 @@ class TestTheLoop:
         target = prior * tl.Reward(lambda completions: [float(len(c)) for c in completions], beta=10.0)
         policy = prior.policy(lora=tl.LoRA(2))
         stream = tl.Replay(old=2).open(target, policy, prior.encode(PROMPTS), 0)
-        first = stream.batch([0, 1], 3, rng)
-        again = stream.batch([1, 0], 3, rng)
+        first = stream.batch(Turn([0, 1], 3, rng))
+        again = stream.batch(Turn([1, 0], 3, rng))
         assert first.fresh.draws.log_mu is not None
         assert again.scored.draws.log_mu.shape == again.scored.draws.log_q.shape
 

@@ -18,6 +18,7 @@ from tiltlm.inference.source import (
     OnPolicy,
     Pool,
     Replay,
+    Turn,
     at_most,
     default_source,
     require_sound,
@@ -94,7 +95,7 @@ class TestSources:
         target, prompts = three_prompts()
         scored = target.score(target.prior.draw(prompts, 6, rng))
         stream = Pool(scored).open(target.at(0.1), target.prior, prompts, 0)
-        batch = stream.batch([2, 0], 4, rng)
+        batch = stream.batch(Turn([2, 0], 4, rng))
         assert batch.drawn == 0
         assert batch.scored.draws.prompt_index.bincount().tolist() == [4, 4]
         assert batch.scored.draws.prompts.rows.tolist() == [2, 0]
@@ -110,7 +111,7 @@ class TestSources:
         target, prompts = three_prompts()
         exact = ex.posterior(target, prompts)
         stream = Decoded(tl.Rejection(n=400)).open(target, target.prior, prompts.select([0]), 0)
-        batch = stream.batch([0], 4000, rng)
+        batch = stream.batch(Turn([0], 4000, rng))
         assert batch.drawn == 400
         mean = float((target.beta * batch.scored.log_evidence).mean())
         assert mean == pytest.approx(exact.mean_reward(exact.log_posterior), abs=0.15)
@@ -120,16 +121,16 @@ class TestSources:
         world = fixture_b()
         policy = world.prior.policy(lora=None)
         stream = Replay(old=3, capacity=4).open(world.target, policy, world.prompts, 0)
-        first = stream.batch([0], 2, rng)
+        first = stream.batch(Turn([0], 2, rng))
         assert len(first.scored) == 2
         with torch.no_grad():
             next(iter(policy.named_parameters().values())).mul_(0.5)
-        second = stream.batch([0], 2, rng)
+        second = stream.batch(Turn([0], 2, rng))
         assert len(second.fresh) == 2
         assert second.drawn == 2
         assert set(second.scored.draws.log_prob[2:].tolist()) == set(first.scored.draws.log_prob.tolist())
         for _ in range(4):
-            batch = stream.batch([0], 2, rng)
+            batch = stream.batch(Turn([0], 2, rng))
         assert len(batch.scored) == 5
         assert len(stream.memory()[1]["texts"]) == 4
 
@@ -137,8 +138,8 @@ class TestSources:
         target, prompts = three_prompts()
         stream = Replay(old=2, capacity=64).open(target, target.prior.policy(lora=None), prompts, 0)
         for _ in range(6):
-            batch = stream.batch([2, 0], 3, rng)
-        later = [stream.again(batch, [2, 0], rng) for _ in range(8)]
+            batch = stream.batch(Turn([2, 0], 3, rng))
+        later = [stream.again(batch, Turn([2, 0], 3, rng)) for _ in range(8)]
         assert all(scored.draws.prompts is batch.scored.draws.prompts for scored in later)
         assert all(scored.log_evidence[:6].equal(batch.fresh.log_evidence) for scored in later)
         assert len({tuple(scored.draws.log_prob[6:].tolist()) for scored in later}) > 1
@@ -175,13 +176,13 @@ class TestSources:
             table.copy_(world.prior.policy(lora=None).named_parameters()[name])
         stream = Lagging(every=2).open(world.target, policy, world.prompts, 0)
         for _ in range(2):
-            batch = stream.batch([0], 4000, rng)
+            batch = stream.batch(Turn([0], 4000, rng))
             assert batch.scored.log_prior.allclose(batch.scored.draws.log_q)  # the copy is the prior
             with torch.no_grad():
                 table.copy_(there)
         nearer = ex.kl(exact.log_posterior, exact.log_prob(policy)) < ex.kl(exact.log_posterior, exact.log_prior)
         assert nearer == (share > 0)
-        renewed = stream.batch([0], 8, rng).scored.draws
+        renewed = stream.batch(Turn([0], 8, rng)).scored.draws
         assert policy.log_prob(renewed).allclose(renewed.log_q) == nearer
         assert table.equal(there)
 
@@ -287,7 +288,7 @@ class TestTraining:
         policy = target.prior.policy(lora=None)
         stream, other = (source.open(target, policy, prompts, 0) for _ in range(2))
         for index in ([0, 1], [2, 0], [1, 2]):
-            stream.batch(index, 4, rng)
+            stream.batch(Turn(index, 4, rng))
         tensors, values = stream.memory()
         other.remember(tensors, values)
         again, found = other.memory()

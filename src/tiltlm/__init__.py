@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from tiltlm.target import Target
 
 _HOME = {
+    "Ahead": "inference.ahead",
     "BOND": "inference.training.filtered.bond",
     "Batched": "evidence.running",
     "BestOfN": "inference.decoding.best_of_n",
@@ -130,7 +131,6 @@ _HOME = {
     "Interval": "records",
     "Isolated": "evidence.running",
     "IteratedRAFT": "inference.training.filtered.raft",
-    "Ahead": "inference.ahead",
     "Lagging": "inference.lagging",
     "LanguageModel": "lm.load",
     "LoRA": "lm.adapters",

@@ -10,25 +10,16 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from tiltlm.errors import TiltWarning
 from tiltlm.evidence.running.tally import Tally, counting, report
-from tiltlm.inference.source import Batch, Memory, Origin, Stream
+from tiltlm.inference.source import Batch, Memory, Origin, Stream, Turn
 from tiltlm.mismatch import ENOUGH, Mismatch, Tolerance
 from tiltlm.protocols import Claim, Policy
 from tiltlm.records import Draws, Likelihood, Prompts, Scored
 from tiltlm.store import scored_of, tensors_of
 from tiltlm.target import Target
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one step asks of a stream: whose completions, how many of each, and the step's random numbers."""
-
-    index: Sequence[int]
-    group: int
-    rng: Generator
 
 
 @runtime_checkable
@@ -88,20 +79,20 @@ class _Ahead:
         if isinstance(self.pending, _Judging):
             self.pending = self.pending.finish()
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+    def batch(self, turn: Turn) -> Batch:
         if self.pending is None:
-            turn = Turn(index, group, rng)
             self.pending = _Judging(self.target, turn, self._draw(turn))
-        turn, draws = self.following, None if self.following is None else self._draw(self.following)
+        following = self.following
+        draws = None if following is None else self._draw(following)
         self.settle()
         current = self.pending
         assert isinstance(current, _Judged)
-        report(current.tally, current.beside)
-        self.pending = None if turn is None or draws is None else _Judging(self.target, turn, draws)
+        report(current.tally)
+        self.pending = None if following is None or draws is None else _Judging(self.target, following, draws)
         scored = self._reweighed(current.scored) if self.choice.reweigh and len(current.scored) else current.scored
         return Batch(scored, scored, current.drawn)
 
-    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+    def again(self, batch: Batch, turn: Turn) -> Scored:
         return batch.scored
 
     def memory(self) -> Memory:
@@ -148,14 +139,12 @@ class _Judged:
         index: their prompts.
         drawn: how many were drawn, kept or not.
         tally: what their rewards cost.
-        beside: seconds of it that nobody waited for.
     """
 
     index: Sequence[int]
     scored: Scored
     drawn: int
     tally: Tally = field(default_factory=Tally)
-    beside: float = 0.0
 
 
 class _Judging:
@@ -172,9 +161,9 @@ class _Judging:
         log_prior = self.target.prior.log_prob(self.draws)
         began = time.perf_counter()
         likelihood, tally = self.answer.result()
-        beside = sum(tally.seconds.values()) - (time.perf_counter() - began)
+        tally.beside = max(0.0, sum(tally.seconds.values()) - (time.perf_counter() - began))
         scored = self.target.joined(self.draws, likelihood, log_prior)
-        return _Judged(self.turn.index, scored, len(self.draws), tally, max(0.0, beside))
+        return _Judged(self.turn.index, scored, len(self.draws), tally)
 
     def _ask(self) -> None:
         try:
@@ -185,4 +174,4 @@ class _Judging:
             self.answer.set_exception(error)
 
 
-__all__ = ["Ahead", "LooksAhead", "Turn"]
+__all__ = ["Ahead", "LooksAhead"]

@@ -101,6 +101,18 @@ def _unwritable(folder: Path, unfinished: Path, final: Path, error: Exception) -
     )
 
 
+def refuse_earlier(out: Path) -> None:
+    """Raise if a run in this folder has got somewhere.
+
+    Raises:
+        InputError: if it holds checkpoints, which a new run would replace.
+    """
+    if steps(out / "checkpoints"):
+        raise InputError(
+            f"out {str(out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
+        )
+
+
 def steps(folder: Path) -> list[int]:
     """Steps of which there is a checkpoint, oldest first."""
     if not folder.is_dir():

@@ -25,13 +25,13 @@ from tiltlm.evidence.gold import Gold, as_gold
 from tiltlm.evidence.running.tally import SlowRewardWatch, counting, merged
 from tiltlm.inference import checkpoint
 from tiltlm.inference.accumulate import accumulate
-from tiltlm.inference.ahead import LooksAhead, Turn
+from tiltlm.inference.ahead import LooksAhead
 from tiltlm.inference.divided import DividedEvidence, divided, divided_update, require_divisible, require_enough
 from tiltlm.inference.fitting import MicroBatches, recomputing
 from tiltlm.inference.monitor import Metrics, Monitor
 from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.inference.settings import Training
-from tiltlm.inference.source import Batch, Source, batch_of, default_source, require_sound
+from tiltlm.inference.source import Batch, Source, Turn, batch_of, default_source, require_sound
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.inference.watch import Watch
 from tiltlm.lm.adapters import LoRA
@@ -114,7 +114,7 @@ def fit(
     watch = Watch(gold, settings.gold_every, settings.steps) if gold is not None else None
     loop = _Loop(shared, encoded, engine, source, trained, settings, folder, prior_draws, made_of, watch, world)
     if loop.out is not None and not resume:
-        refuse_earlier(loop.out)
+        checkpoint.refuse_earlier(loop.out)
     monitor = (monitor or Monitor(out=folder)) if world.main else Monitor(quiet=True)
     with ExitStack() as stack:
         stack.enter_context(recomputing(policy, settings, shard))
@@ -190,7 +190,7 @@ class _Loop:
         if isinstance(self.stream, LooksAhead):
             self.stream.expect(self._turn(step + 1) if step + 1 < self.settings.steps else None)
         with counting() as tally:
-            batch = self.stream.batch(turn.index, turn.group, turn.rng)
+            batch = self.stream.batch(turn)
         scored, fresh = batch.scored, batch.fresh or batch.scored
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
@@ -200,7 +200,7 @@ class _Loop:
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]
         loss, info, norm = torch.zeros(()), {}, 0.0
         for update in range(self.engine.updates):
-            learned = scored if update == 0 else self.stream.again(batch, turn.index, turn.rng)
+            learned = scored if update == 0 else self.stream.again(batch, turn)
             loss, info, norm = self._update(learned, step, fresh=update == 0 and self.source.origin == "policy")
             require_trainable(norm, scored)
         ended = time.perf_counter()
@@ -390,16 +390,4 @@ def _name(thing: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
-def refuse_earlier(out: Path) -> None:
-    """Raise if a run in this folder has got somewhere.
-
-    Raises:
-        InputError: if it holds checkpoints, which a new run would replace.
-    """
-    if checkpoint.steps(out / "checkpoints"):
-        raise InputError(
-            f"out {str(out)!r} holds checkpoints of an earlier run; go on with --resume, or choose another folder"
-        )
-
-
-__all__ = ["Training", "fit", "refuse_earlier"]
+__all__ = ["Training", "fit"]

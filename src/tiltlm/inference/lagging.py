@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.inference.source import Batch, Origin, Stream
+from tiltlm.inference.source import Batch, Origin, Stream, Turn
 from tiltlm.protocols import Policy
 from tiltlm.records import Prompts, Scored
 from tiltlm.store import scored_of, tensors_of
@@ -58,20 +58,20 @@ class _Lagging:
         self.steps = 0
         self.seen: list[Scored] = []  # since the last look
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+    def batch(self, turn: Turn) -> Batch:
         if self.steps and self.steps % self.choice.every == 0:
             if not self.choice.adaptive or self._nearer():
                 self.copy = _weights_of(self.policy)
             self.seen = []
         self.steps += 1
         with _wearing(self.policy, self.copy):
-            draws = self.policy.draw(self.prompts.select(index), group, rng)
+            draws = self.policy.draw(self.prompts.select(turn.index), turn.group, turn.rng)
         scored = self.target.score(draws)
         if self.choice.adaptive:
-            self.seen.append(scored.among(self.prompts, index))
+            self.seen.append(scored.among(self.prompts, turn.index))
         return Batch(scored, None, len(draws))
 
-    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+    def again(self, batch: Batch, turn: Turn) -> Scored:
         return batch.scored
 
     def memory(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

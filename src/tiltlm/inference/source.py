@@ -44,6 +44,15 @@ TRIES = 8
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one step asks of a stream: whose completions, how many of each, and the step's random numbers."""
+
+    index: Sequence[int]
+    group: int
+    rng: Generator
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one step learns from.
 
@@ -61,11 +70,11 @@ class Batch:
 class Stream(Protocol):
     """An open source."""
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        """Scored completions of the prompts at `index`, about `group` of each."""
+    def batch(self, turn: Turn) -> Batch:
+        """Scored completions of the turn's prompts, about `group` of each."""
         ...
 
-    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+    def again(self, batch: Batch, turn: Turn) -> Scored:
         """What a further update of the same step learns from: the same fresh completions, perhaps beside others."""
         ...
 
@@ -88,7 +97,7 @@ class Source(Protocol):
 
 
 class _Memoryless:
-    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
+    def again(self, batch: Batch, turn: Turn) -> Scored:
         return batch.scored
 
     def memory(self) -> Memory:
@@ -128,9 +137,9 @@ class _Drawing(_Memoryless):
     sampler: Any
     prompts: Prompts
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+    def batch(self, turn: Turn) -> Batch:
         draw = getattr(self.sampler, "draw_weighted", self.sampler.draw)
-        draws = draw(self.prompts.select(index), group, rng)
+        draws = draw(self.prompts.select(turn.index), turn.group, turn.rng)
         scored = self.target.score(draws)
         return Batch(scored, None if self.sampler is self.target.prior else scored, len(draws))
 
@@ -156,8 +165,8 @@ class Pool:
 class _Stored(_Memoryless):
     scored: Scored
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        chosen = at_most(self.scored.of(index), group, rng)
+    def batch(self, turn: Turn) -> Batch:
+        chosen = at_most(self.scored.of(turn.index), turn.group, turn.rng)
         return Batch(chosen, None, 0)
 
 
@@ -197,14 +206,14 @@ class _Replaying:
         self.held = DrawMemory(prompts, choice.capacity)
         self.newest: Scored | None = None  # of the last step; they come to the memory after its updates
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
+    def batch(self, turn: Turn) -> Batch:
         self._put_away()
-        fresh = self.drawing.batch(index, group, rng).scored
-        self.newest = fresh.among(self.prompts, index)
-        return Batch(self._beside(fresh, index, rng), fresh, len(fresh))
+        fresh = self.drawing.batch(turn).scored
+        self.newest = fresh.among(self.prompts, turn.index)
+        return Batch(self._beside(fresh, turn), fresh, len(fresh))
 
-    def again(self, batch: Batch, index: Sequence[int], rng: Generator) -> Scored:
-        return self._beside(batch.fresh or batch.scored, index, rng)
+    def again(self, batch: Batch, turn: Turn) -> Scored:
+        return self._beside(batch.fresh or batch.scored, turn)
 
     def memory(self) -> Memory:
         self._put_away()
@@ -214,8 +223,8 @@ class _Replaying:
     def remember(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         self.held.add(scored_of(tensors, values, self.prompts))
 
-    def _beside(self, fresh: Scored, index: Sequence[int], rng: Generator) -> Scored:
-        old = self.held.sample(index, self.choice.old, rng)
+    def _beside(self, fresh: Scored, turn: Turn) -> Scored:
+        old = self.held.sample(turn.index, self.choice.old, turn.rng)
         if old is None:
             return fresh
         # the step's prompts under both, so that rows of one prompt meet
@@ -254,14 +263,14 @@ class _Decoding(_Memoryless):
     policy: Policy
     prompts: Prompts
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        prompts, engine, drawn = self.prompts.select(index), self.choice.engine, 0
+    def batch(self, turn: Turn) -> Batch:
+        prompts, engine, drawn = self.prompts.select(turn.index), self.choice.engine, 0
         proposal = self.policy if self.choice.proposal == "policy" else None
         for _ in range(TRIES):
-            weighted = engine.sample(self.target, prompts, proposal=proposal, rng=rng)
+            weighted = engine.sample(self.target, prompts, proposal=proposal, rng=turn.rng)
             scored = weighted.scored
             drawn += len(scored) + scored.dropped
-            rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), group, rng).flatten()
+            rows = resample(weighted.log_w, scored.draws.prompt_index, len(prompts), turn.group, turn.rng).flatten()
             if (rows >= 0).any():
                 chosen = scored.select(rows[rows >= 0])
                 return Batch(chosen, None, drawn)
@@ -299,8 +308,8 @@ class Given:
 class _Everything(_Memoryless):
     scored: Scored
 
-    def batch(self, index: Sequence[int], group: int, rng: Generator) -> Batch:
-        chosen = self.scored.of(index)
+    def batch(self, turn: Turn) -> Batch:
+        chosen = self.scored.of(turn.index)
         return Batch(chosen, None, 0)
 
 
@@ -367,6 +376,7 @@ __all__ = [
     "Replay",
     "Source",
     "Stream",
+    "Turn",
     "default_source",
     "require_sound",
 ]

@@ -72,7 +72,7 @@ class Prefix:
         memory, mask = self.memory.rows(index), self.mask[index]
         cache = memory.cache
         if isinstance(cache, SharedCache) and cache.used:
-            forgotten = int(mask[:, cache.shared :].any(0).int().argmax())
+            forgotten = int((~mask[:, cache.shared :].any(0)).int().cumprod(0).sum())
             memory = replace(memory, cache=cache.forgetting(forgotten))
             mask = torch.cat([mask[:, : cache.shared], mask[:, cache.shared + forgotten :]], dim=-1)
         return Prefix(memory, mask, self.last[index])

@@ -25,8 +25,9 @@ from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
 from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
+from tiltlm.inference.checkpoint import refuse_earlier
 from tiltlm.inference.decoding.budget import within
-from tiltlm.inference.fit import fit, refuse_earlier
+from tiltlm.inference.fit import fit
 from tiltlm.inference.monitor import Monitor
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load

@@ -80,17 +80,13 @@ def count(what: What, number: int = 1) -> None:
         tally.counts[what] += number
 
 
-def report(tally: Tally, beside: float = 0.0) -> None:
-    """Add what another thread counted to every tally that is open here.
-
-    Args:
-        beside: seconds of it that were not waited for.
-    """
+def report(tally: Tally) -> None:
+    """Add what another thread counted to every tally that is open here."""
     for mine in _open.get():
         mine.counts.update(tally.counts)
         for label, taken in tally.seconds.items():
             mine.seconds[label] += taken
-        mine.beside += beside
+        mine.beside += tally.beside
 
 
 @contextmanager
