@@ -104,18 +104,20 @@ class TestOrder:
         assert late
         assert not any(late)
 
-    def test_never_are_two_rewards_asked_for_at_a_time(self, tmp_path):
+    @pytest.mark.parametrize("asks", ["certificate", "gold"])
+    def test_never_are_two_rewards_asked_for_at_a_time(self, tmp_path, asks):
         inside, most = [], []
 
         def judge(completions):
             inside.append(1)
             most.append(len(inside))
-            time.sleep(0.02)
+            time.sleep(0.1)  # longer than whoever asks next takes to draw
             inside.pop()
             return shortness(completions)
 
-        train(target(judge), tmp_path, certify_every=1, certify_samples=2, gold=judge)
-        assert len(most) > 8
+        more = {"gold": judge} if asks == "gold" else {"certify_every": 1, "certify_samples": 2}
+        train(target(judge), tmp_path, checkpoint_every=100, **more)
+        assert len(most) >= 8
         assert max(most) == 1
 
     def test_nothing_runs_once_training_is_over(self):
@@ -123,11 +125,16 @@ class TestOrder:
 
         def judge(completions):
             threads.append(threading.current_thread())
+            time.sleep(0.05)
             return shortness(completions)
 
+        train(target(judge), seconds=1e-3)  # over after one step, with the next one's rewards under way
+        assert len(threads) == 2
+        assert not any(thread.is_alive() for thread in threads)
+        threads.clear()
         train(target(judge))
         assert len(threads) == 4  # a step's completions are judged once, and none are drawn in vain
-        assert not any(thread.is_alive() for thread in threads if thread is not threading.main_thread())
+        assert not any(thread.is_alive() for thread in threads)
 
 
 class TestDraws:
