@@ -94,7 +94,7 @@ def sample(
         eos: ids that end a completion.
         rows: most completions that are in the model at a time.
         stops: texts that end a completion too.
-        progress: called with the number of completions that a wave has finished.
+        progress: called with the number of completions that have just left the model.
         part: draw those of these prompts only, and get what a draw of all prompts would have given for them.
     """
     uniform = torch.rand(len(prompts) * n, law.max_new_tokens, generator=rng, dtype=torch.float64)

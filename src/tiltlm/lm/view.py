@@ -6,7 +6,6 @@ import copy
 import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +120,7 @@ class View:
 
     def draw_part(self, prompts: Prompts, n: int, rng: Generator, part: range) -> Draws:
         """What `draw` gives for the prompts in `part`, as draws for those alone; `rng` moves on as if all had been drawn."""
-        with self._running():
+        with self.body.adapters.on(self.adapter):
             raw = sample(
                 self.body.backbone,
                 prompts,
@@ -195,12 +194,8 @@ class View:
         """Names this law while it does not change; a policy in training has none."""
         return f"{self.body.key}/{self.adapter}/{self.law}"
 
-    def _running(self) -> AbstractContextManager[None]:
-        """The model as this view has it, for one pass or several."""
-        return self.body.adapters.on(self.adapter)
-
     def _features(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        with self._running():
+        with self.body.adapters.on(self.adapter):
             return completion_features(self.body.backbone, draws)
 
     def _log_prob(self, draws: Draws) -> Float[Tensor, "B T"]:

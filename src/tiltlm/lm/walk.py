@@ -44,7 +44,7 @@ class ModelWalk:
         """`n` empty rows of every prompt."""
         index = torch.arange(len(prompts)).repeat_interleave(n)
         empty = torch.zeros(len(index), 0)
-        with torch.no_grad(), view._running():
+        with torch.no_grad(), view.body.adapters.on(view.adapter):
             prefix = view.body.backbone.prefill(prompts).rows(index)
         so_far = Draws(
             prompts=prompts,
@@ -61,7 +61,7 @@ class ModelWalk:
     def resume(view: View, draws: Draws) -> ModelWalk:
         """The rows of `draws` as far as they go, of one length unless the model takes several (`Backbone.takes_ragged`)."""
         unique, owner = draws.prompt_index.unique(return_inverse=True)
-        with torch.no_grad(), view._running():
+        with torch.no_grad(), view.body.adapters.on(view.adapter):
             prompts = draws.prompts.select(unique.tolist())
             prefix = view.body.backbone.resume(prompts, owner, draws.tokens, draws.mask)
         return ModelWalk(view, prefix, draws)
@@ -74,7 +74,7 @@ class ModelWalk:
     def log_probs(self) -> Float[Tensor, "B V"]:
         """Normalised log-probabilities of every row's next token under the view's law; of no meaning for a row that is over."""
         if self._known is None:
-            with torch.no_grad(), self._view._running():
+            with torch.no_grad(), self._view.body.adapters.on(self._view.adapter):
                 if self._pending is not None:
                     self._features = self._view.body.backbone.features(self._pending, self._seen, self._memory)[:, -1]
                     self._pending = None
