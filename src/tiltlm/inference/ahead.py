@@ -45,7 +45,8 @@ class Ahead:
 
     Attributes:
         reweigh: let the draws count for the policy as it is, by the weight q / mu of each completion, truncated
-            (`tiltlm.mismatch`); it takes one more pass of the policy over them. False leaves them draws of the law that drew
+            (`tiltlm.mismatch`); it takes one more pass of the policy over them,
+            which a reward that is faster than that does not repay. False leaves them draws of the law that drew
             them, for engines whose claim covers that.
     """
 
