@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
-from tiltlm.lm import attention
+from tiltlm.lm import attention, causal
 from tiltlm.lm.attention import Groups, Keys, Sight, attend
 from tiltlm.lm.light import LightBody
 from tiltlm.lm.load import load
@@ -324,3 +324,85 @@ class TestRecomputing:
         world = small_language()
         with pytest.raises(tl.InputError, match="gradient_checkpointing is on, .* TabularLM is not one"):
             tl.fit(world.target, world.prompts, steps=1, batch=1, lora=None, gradient_checkpointing=True)
+
+
+class TestPromptsThatBeginAlike:
+    """What all prompts of a pass begin with, such as a system prompt or examples, is read once."""
+
+    EXAMPLES = "a quiet story of two friends who the film "
+    ALIKE = (EXAMPLES + "good", EXAMPLES + "of a story who", EXAMPLES + "two", EXAMPLES + "two")
+
+    @pytest.fixture
+    def read(self, monkeypatch):
+        """Tokens that went through the layers, pass by pass; a few that are spared are worth a pass."""
+        monkeypatch.setitem(causal.SPARED, "cpu", 4)
+        seen, run = [], LightBody._run
+        monkeypatch.setattr(
+            LightBody, "_run", lambda self, hidden, *rest: (seen.append(len(hidden)), run(self, hidden, *rest))[1]
+        )
+        return seen
+
+    @pytest.mark.parametrize("lora", [True, False])
+    @pytest.mark.parametrize("rows", [256, 5])  # five at a time: prompts come beside those that are under way
+    def test_draws_log_probs_and_gradients_are_the_models(self, read, lora, rows):
+        prior, policy = policy_of(model_of("llama"))
+        policy = replace(policy if lora else prior.policy(lora=None), rows=rows)
+        prompts = prior.encode(self.ALIKE)
+        draws = policy.draw(prompts, 6, torch.Generator().manual_seed(2))
+        assert torch.equal(
+            draws.tokens, without_light(policy).draw(prompts, 6, torch.Generator().manual_seed(2)).tokens
+        )
+        read.clear()
+        found = []
+        for view in (policy, without_light(policy)):
+            log_q = view.forward(draws, frozenset({"log_q"})).log_q
+            loss = (log_q.sum(-1) * torch.linspace(-1, 2, len(log_q))).sum()
+            found.append((log_q.detach(), torch.autograd.grad(loss, list(policy.named_parameters().values()))))
+        lengths = prompts.mask.sum(-1)
+        begin = read[0]
+        assert begin > 4
+        assert read[1] == int(lengths.sum()) - len(prompts) * begin
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-11, rtol=0)
+        for got, want in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+    def test_beginnings_of_completions_too(self, read):
+        prior, _ = policy_of(model_of("llama"))
+        draws = prior.draw(prior.encode(self.ALIKE), 3, torch.Generator().manual_seed(0))
+        keep = (draws.lengths // 2).clamp(min=1)
+        read.clear()
+        moved = prior.redraw(draws, keep, torch.Generator().manual_seed(1))
+        assert 4 < read[0] < read[1]
+        expected = without_light(prior).redraw(draws, keep, torch.Generator().manual_seed(1))
+        assert torch.equal(moved.tokens, expected.tokens)
+
+    def test_recomputing_a_layer_gives_the_same_gradient(self, read):
+        _, policy = policy_of(model_of("llama"))
+        draws = policy.draw(policy.encode(self.ALIKE), 4, torch.Generator().manual_seed(2))
+        gradients = []
+        for context in (contextlib.nullcontext(), policy.body.backbone.recomputing()):
+            with context:
+                loss = policy.forward(draws, frozenset({"log_q"})).log_q.sin().sum()
+                gradients.append(torch.autograd.grad(loss, list(policy.named_parameters().values())))
+        for got, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("alike", "passes"), [(("good", "a film"), 1), ((EXAMPLES,), 1), ((EXAMPLES, EXAMPLES + "good"), 2)]
+    )
+    def test_the_last_token_of_each_is_left_and_one_prompt_is_read_at_once(self, read, alike, passes):
+        prior, _ = policy_of(model_of("llama"))
+        prompts = prior.encode(alike)
+        read.clear()
+        prefix = prior.body.backbone.prefill(prompts)
+        assert len(read) == passes
+        expected = without_light(prior).body.backbone.prefill(prompts)
+        torch.testing.assert_close(prefix.last, expected.last, atol=1e-11, rtol=0)
+
+    def test_few_tokens_are_not_worth_a_pass(self, read, monkeypatch):
+        prior, _ = policy_of(model_of("llama"))
+        monkeypatch.setitem(causal.SPARED, "cpu", 1000)
+        prompts = prior.encode(self.ALIKE)
+        read.clear()
+        prior.body.backbone.prefill(prompts)
+        assert len(read) == 1

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tiltlm.errors import InputError
-from tiltlm.lm.backbone import Backbone, Memory, Prefix, joined, left_pad, to_device
+from tiltlm.lm.backbone import Backbone, Memory, Prefix, joined, left_pad, right_pad, to_device
 from tiltlm.lm.light import LightBody
 from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.records import Prompts
 
 BY_TOKEN = "token_type_ids"
 """Inputs whose names end so have a value for each token of the prompt, and are padded with it."""
+
+SPARED = {"cpu": 256, "other": 4096}
+"""So many tokens that need not be read repay one more pass through the layers, by device."""
 
 
 class CausalBackbone(Backbone):
@@ -92,9 +95,22 @@ class CausalBackbone(Backbone):
 
     def _read(self, tokens: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Prefix:
         light = self._light if self._split is not None and not inputs else None
-        cache = light.open(len(tokens)) if light is not None else None
+        begin = 0 if light is None else _common(tokens, mask)
+        cache = light.open(1 if begin else len(tokens)) if light is not None else None
+        if cache is not None and begin:
+            return self._read_apart(tokens, mask, begin, cache)
         memory = Memory(DynamicCache(config=self.model.config) if cache is None else cache)
         return Prefix(memory, mask, self.features(tokens, mask, memory, **inputs)[:, -1])
+
+    def _read_apart(self, tokens: Tensor, mask: Tensor, begin: int, cache: SharedCache) -> Prefix:
+        """Read the `begin` tokens that all rows begin with once, and then what each goes on with."""
+        tokens, mask = right_pad(tokens, mask)
+        self.features(tokens[:1, :begin], mask[:1, :begin], Memory(cache))
+        every = cache.rows(torch.zeros(len(tokens), dtype=torch.long, device=tokens.device))
+        rest, real = left_pad(tokens[:, begin:], mask[:, begin:])
+        seen = torch.cat([mask[:, :begin], real], dim=-1)
+        last = self.features(rest, seen, Memory(every))[:, -1]
+        return Prefix(Memory(every.as_prompts()), seen, last)
 
     def _inputs(self, prompts: Prompts, width: int) -> dict[str, Tensor]:
         """What goes in beside the tokens, for all prompts together."""
@@ -107,3 +123,15 @@ class CausalBackbone(Backbone):
             elif any(len(part) for part in parts):
                 found[name] = joined(parts)
         return to_device(found, self.model)
+
+
+def _common(tokens: Int[Tensor, "P L"], mask: Bool[Tensor, "P L"]) -> int:
+    """How many tokens all rows begin with, such as a system prompt or examples, each row's last one apart; 0 if it is not worth it."""
+    spared = SPARED.get(tokens.device.type, SPARED["other"])
+    if (len(tokens) - 1) * tokens.shape[1] < spared:
+        return 0
+    tokens, mask = right_pad(tokens, mask)
+    shortest = int(mask.sum(-1).min())
+    same = (tokens[:, : shortest - 1] == tokens[:1, : shortest - 1]).all(0)
+    begin = int(same.int().cumprod(0).sum())
+    return begin if (len(tokens) - 1) * begin >= spared else 0

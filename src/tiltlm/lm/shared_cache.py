@@ -89,6 +89,20 @@ class SharedCache:
         ]
         return replace(self, layers=layers, groups=Groups(owner, len(prompts)))
 
+    def as_prompts(self) -> SharedCache:
+        """Rows of prompts that begin alike as prompts of their own: the beginning, and what each row has read after it."""
+        owner = self.groups.owner
+        layers: list[Layer] = []
+        for layer in self.layers:
+            assert layer.own is not None
+            keys, values = (
+                torch.cat([begin.index_select(1, owner), own[:, :, : self.used]], dim=2)
+                for begin, own in zip(layer.shared, layer.own, strict=True)
+            )
+            layers.append(Layer((keys, values)))
+        alone = Groups(torch.arange(len(owner), device=owner.device), len(owner))
+        return replace(self, layers=layers, groups=alone, used=0)
+
     def forgetting(self, count: int) -> SharedCache:
         """The same without the first `count` positions beyond the prompts, which no row looks at any more."""
         layers = [
