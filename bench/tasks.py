@@ -15,6 +15,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from tiltlm.evaluation.table import without_finer
 from tiltlm.report.betas import betas_figure
 from tiltlm.report.canvas import write_figure
 from tiltlm.report.palette import LIGHT
@@ -40,15 +41,10 @@ def main() -> None:
         if file.is_file():
             result = json.loads(file.read_text())
             file.with_suffix(".md").write_text(table(result))
-            photograph(task_figure(result, shown(result)), DOCS / f"task-{name}.png")
+            photograph(task_figure(result), DOCS / f"task-{name}.png")
         betas = RESULTS / f"betas-{name}.json"
         if betas.is_file():
             photograph(betas_figure(json.loads(betas.read_text())), DOCS / f"betas-{name}.png")
-
-
-def shown(result: dict) -> list[str]:
-    """Metrics without the finer ones, such as an aspect's recall, of which there are too many for a picture or a table."""
-    return [name for name in result["metrics"] if "/" not in name]
 
 
 def photograph(figure: go.Figure, file: Path) -> None:
@@ -72,7 +68,7 @@ def table(result: dict) -> str:
         if outcome["kl_posterior"] is not None:
             low = outcome["kl_posterior"]["low"]
             certified[outcome["method"]] = min(low, certified[outcome["method"]] or low)
-    metrics = shown(result)
+    metrics = without_finer(result["metrics"])
     heads = ["", *metrics, "KL to p*, at least", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for system in result["systems"]:

@@ -330,8 +330,23 @@ def test_the_table_as_text_json_and_picture(tmp_path):
         pytest.approx(c["value"]) for c in plain["systems"][1]["metrics"].values() if c["value"]
     ]
     assert dots[0].error_x.array[0] == pytest.approx(1.96 * plain["systems"][1]["metrics"]["chrf"]["stderr"])
-    page = write_figure(task_figure(plain, ["chrf"]), tmp_path / "table.html")
+    page = write_figure(figure, tmp_path / "table.html")
     assert "plotly" in page.read_text().lower()
+
+
+def test_finer_metrics_are_in_the_numbers_and_not_in_table_and_picture():
+    texts = ("a red heart", "a cat")
+    scenes = [json.dumps({"objects": [{"name": "heart", "colour": "red"}]}), json.dumps({"objects": [{"name": "cat"}]})]
+    systems = [ev.System.of("prior", [[text] for text in texts])]
+    found = ev.evaluate_systems("captions", {"scene": scenes}, systems, [rewards.SceneF1()])
+    assert "scene-f1/objects/recall" in found.as_dict()["metrics"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(found)
+    text = console.export_text()
+    assert "scene-f1" in text
+    assert "objects/recall" not in text
+    assert "12 finer metrics" in text
+    assert [note.text for note in task_figure(found.as_dict()).layout.annotations] == ["scene-f1"]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class TaskTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A row a system; bold where the difference from the baseline is more than two of its standard errors.
 
-        Columns that find no room beside the others come below, in a block of their own.
+        Columns that find no room beside the others come below, in a block of their own. Finer metrics are counted only.
         """
         yield f"[italic]{self.task}: {self.prompts} prompts, ± standard error; bold: more than 2 from {self.baseline}[/italic]"
         names = [name + (f" ({self.seeds[name]} seeds)" if self.seeds[name] > 1 else "") for name in self.rows]
@@ -87,14 +87,23 @@ class TaskTable:
             for place, name in enumerate(names):
                 table.add_row(name, *(cells[place] for _, cells in block))
             yield table
+        finer = len(self.metrics) - len(without_finer(self.metrics))
+        if finer:
+            yield f"[dim]{finer} finer metrics, such as an aspect's recall, are in the JSON file[/dim]"
 
     def _columns(self) -> list[tuple[str, list[str]]]:
         """Each column's head, and its cells as they are shown."""
-        columns = [(metric, [_shown(cells.get(metric)) for cells in self.rows.values()]) for metric in self.metrics]
+        shown = without_finer(self.metrics)
+        columns = [(metric, [_shown(cells.get(metric)) for cells in self.rows.values()]) for metric in shown]
         if self.seconds:
             times = [f"{self.seconds[name]:.1f}" if name in self.seconds else "–" for name in self.rows]
             columns.append((SECONDS, times))
         return columns
+
+
+def without_finer(metrics: Sequence[str]) -> list[str]:
+    """Metrics without the parts of others, such as `objects/recall`, of which there are too many for a table or a picture."""
+    return [name for name in metrics if "/" not in name]
 
 
 def _blocks(columns: list[tuple[str, list[str]]], room: int) -> list[list[tuple[str, list[str]]]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tiltlm.evaluation.table import without_finer
 from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json, finite
 from tiltlm.report.palette import LIGHT
@@ -17,13 +16,9 @@ ROW, HEAD = 26, 96
 ERRORS = 1.96
 
 
-def task_figure(table: Json, metrics: Sequence[str] | None = None) -> go.Figure:
-    """The picture of a `TaskTable.as_dict()`: 95% intervals over prompts and seeds, a line at the baseline.
-
-    Args:
-        metrics: which of them, all by default.
-    """
-    names = list(metrics or table["metrics"])
+def task_figure(table: Json) -> go.Figure:
+    """The picture of a `TaskTable.as_dict()`: 95% intervals over prompts and seeds, a line at the baseline."""
+    names = without_finer(table["metrics"])
     systems = [system["name"] for system in table["systems"]][::-1]
     figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names, horizontal_spacing=0.02)
     plain = canvas(HEAD + ROW * len(systems), "").layout.to_plotly_json()

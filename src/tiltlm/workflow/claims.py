@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from tiltlm.inference.catalogue import decoding_engines, make_engine, summary_of, training_engines
 from tiltlm.protocols import Claim
@@ -93,12 +95,19 @@ HEAD = ("engine", "kind", "fixed point", "objective", "bias", "data", "proof")
 
 
 def claims_table(rows: Sequence[Row]) -> Table:
-    """A table for the terminal."""
-    table = Table(box=None, pad_edge=False)
-    for head in HEAD:
-        table.add_column(head, overflow="fold", no_wrap=head in {"engine", "kind", "data"})
+    """A table for the terminal; what is long, the fixed point and the objective, stand below each other.
+
+    Without a column for proofs if none was asked for.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    asked = any(row.checks is not None for row in rows)
+    for head in ("engine", "fixed point, objective", "bias", "data", *(["proof"] if asked else [])):
+        table.add_column(head, no_wrap=head in {"bias", "data"}, overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row))
+        c = row.claim
+        engine = Group(row.name, Text(row.kind, style="dim"))
+        fixed = Group(c.fixed_point, Text(c.objective, style="dim"))
+        table.add_row(engine, fixed, c.bias, c.data, *([row.proof] if asked else []))
     return table
 
 
