@@ -30,7 +30,7 @@ def with_transformers(view: Any, arguments: argparse.Namespace, rows: int = 2) -
     Raises:
         SystemExit: if they are not as close as this module says.
     """
-    encoded = view.encode(prompts(arguments.model, 2))
+    encoded = view.encode(prompts(arguments.model, 2, getattr(arguments, "examples", 0)))
     draws = view.draw(encoded, rows, torch.Generator().manual_seed(0))
     texts = []
     for row in range(len(draws)):

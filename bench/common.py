@@ -48,6 +48,7 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a completion")
+    parser.add_argument("--examples", type=int, default=0, help="lines that stand before every prompt, the same ones")
     parser.add_argument(
         "--judge-seconds", type=float, default=0, help="what the reward waits a batch, as for a remote judge"
     )
@@ -72,12 +73,13 @@ def smc_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def prompts(model: Path, count: int) -> list[str]:
-    """The first `count` prompts of a model's task: every step of every side sees exactly these."""
+def prompts(model: Path, count: int, examples: int = 0) -> list[str]:
+    """The first `count` prompts of a model's task, after the last `examples` ones: every step of every side sees exactly these."""
     lines = json.loads((model / TASK).read_text())["prompts"]
-    if not 1 <= count <= len(lines):
-        raise SystemExit(f"--prompts is {count}; there are {len(lines)} to choose from")
-    return lines[:count]
+    if count < 1 or examples < 0 or count + examples > len(lines):
+        raise SystemExit(f"--prompts is {count} and --examples {examples}; there are {len(lines)} lines to choose from")
+    before = "".join(f"{line}\n" for line in lines[len(lines) - examples :])
+    return [before + line for line in lines[:count]]
 
 
 def reward_of(model: Path) -> Callable[..., list[float]]:

@@ -1,4 +1,4 @@
-"""One training step: TiltLM beside TRL: RLOO and GRPO, SmolLM2 at two sizes and with a slow reward, and a model that leaves only overhead.
+"""One training step beside TRL: SmolLM2 at two sizes, with examples in the prompts, with a slow reward; and a model that is all overhead.
 
 python bench/step.py                              # all cases
 python bench/step.py --cases rloo-4x8x32 --rounds 5
@@ -20,6 +20,8 @@ TINY = ("llama", "--width", "56", "--layers", "2", "--vocabulary", "128")
 """About 100,000 parameters."""
 JUDGE = 5.0
 """Seconds that the slow reward takes for a batch."""
+EXAMPLES = 12
+"""Lines that stand before every prompt of one case; some hundred tokens."""
 
 
 def case(engine: str, prompts: int, group: int, tokens: int, steps: int, rounds: int) -> Case:
@@ -34,6 +36,12 @@ def judged(steps: int, rounds: int) -> Case:
     ahead = Side(f"{OURS}, ahead", "step_tiltlm.py", flags=("--ahead",))
     flags = ("--steps", str(steps), "--judge-seconds", str(JUDGE))
     return Case("judged-4x8x32", SMOLLM2, (*SIDES, ahead), flags, rounds)
+
+
+def examples(steps: int, rounds: int) -> Case:
+    """Short answers to prompts that all begin with the same examples: what is read again and again?"""
+    flags = ("--prompts", "4", "--group", "8", "--tokens", "8", "--examples", str(EXAMPLES), "--steps", str(steps))
+    return Case("examples-4x8x8", SMOLLM2, SIDES, flags, rounds)
 
 
 def tiny(steps: int, rounds: int) -> Case:
@@ -60,6 +68,7 @@ CASES = (
     case("rloo", 4, 8, 32, steps=2, rounds=2),
     case("rloo", 4, 32, 64, steps=1, rounds=1),
     case("grpo", 4, 8, 32, steps=1, rounds=1),
+    examples(steps=3, rounds=2),
     judged(steps=3, rounds=1),
     tiny(steps=30, rounds=3),
 )
@@ -114,6 +123,8 @@ def _table(name: str, found: dict[str, Any], result: dict[str, Any]) -> Table:
     what = f"{engine.upper()}, SmolLM2-135M, LoRA, {result['dtype']}"
     if engine == "judged":
         what = f"RLOO, SmolLM2-135M, LoRA, {result['dtype']}, a reward that waits for {JUDGE:g} s a batch"
+    if engine == "examples":
+        what = f"RLOO, SmolLM2-135M, LoRA, {result['dtype']}, {EXAMPLES} lines before every prompt"
     if engine == "tiny":
         what = "RLOO, a model of 100,000 parameters, all weights, float32, one thread"
     title = f"{what}: {prompts} prompts × {group} × {tokens} tokens"

@@ -57,7 +57,7 @@ def main() -> None:
         resident, began = resident_memory(), clock(arguments.device)
         policy = tl.fit(
             prior * tl.Reward(reward, beta=BETA),
-            prompts(arguments.model, arguments.prompts),
+            prompts(arguments.model, arguments.prompts, arguments.examples),
             engine=ENGINES[arguments.engine](group=arguments.group),
             source=tl.Ahead() if arguments.ahead else None,
             lora=lora,

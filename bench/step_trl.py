@@ -67,6 +67,7 @@ def main() -> None:
     stopwatch = Stopwatch(arguments.device)
     steps, completions = arguments.warmup + arguments.steps, arguments.prompts * arguments.group
     micro = min(arguments.micro, completions)
+    texts = prompts(arguments.model, arguments.prompts, arguments.examples)
     config_of, trainer_of = ENGINES[arguments.engine]
     with tempfile.TemporaryDirectory() as folder, quiet_stdout():
         config = config_of(
@@ -94,7 +95,7 @@ def main() -> None:
             model=str(arguments.model),
             reward_funcs=reward,
             args=config,
-            train_dataset=Dataset.from_dict({"prompt": prompts(arguments.model, arguments.prompts) * steps}),
+            train_dataset=Dataset.from_dict({"prompt": texts * steps}),
             peft_config=lora if rank else None,
             callbacks=[stopwatch],
         )

@@ -138,7 +138,7 @@ def test_a_sides_figures_are_found_among_what_it_says():
 
 
 def test_our_step_does_all_of_its_work_and_agrees_with_transformers(tiny, monkeypatch, capsys):
-    flags = [tiny, "--steps", 2, "--prompts", 2, "--group", 3, "--tokens", 5, "--rank", 4]
+    flags = [tiny, "--steps", 2, "--prompts", 2, "--group", 3, "--tokens", 5, "--rank", 4, "--examples", 1]
     found = answer_of("step_tiltlm", flags, monkeypatch, capsys)
     assert found["tokens"] == [2 * 3 * 5] * 2  # no completion ended early
     assert len(found["seconds"]) == 2
