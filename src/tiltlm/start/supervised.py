@@ -27,7 +27,7 @@ from tiltlm.start import training
 from tiltlm.start.catalogue import Rows, Start, columns_of, find_start
 from tiltlm.start.training import Schedule
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache's key: raise it when the same settings make another model."""
 FACTS = "start.json"
 JUDGED = 400
