@@ -11,6 +11,7 @@ from conftest import settings, write
 from tiltlm.cli.options import GROUPS, recipe_command
 from tiltlm.rewards.catalogue import make_part
 from tiltlm.tasks import about, applications, task_recipe, tasks
+from tiltlm.workflow import methods
 from tiltlm.workflow.methods import METHODS
 from tiltlm.workflow.recipe import quickened, read_recipe
 from tiltlm.workflow.templates import templated
@@ -66,7 +67,7 @@ class TestTable:
         assert (here / "run" / "task.html").stat().st_size > 1000
         assert (here / "run" / "seed-1" / "policy").is_dir()
         warm = json.loads((here / "run" / "seed-1" / "after-sft" / "recipe.json").read_text())
-        assert warm["start"].endswith("run/seed-1/after-sft/sft")
+        assert warm["start"].endswith("run/seed-1/sft")
         assert by_name["sft/policy"]["KL to prior"]["value"] > 0
 
     def test_an_interval_without_an_upper_end_comes_back_from_its_file(self, cli, here, own):
@@ -93,6 +94,22 @@ class TestTable:
         other = cli(*flags, "--beta", 0.5)
         assert other.code == 2
         assert "trained with other settings" in other.err
+
+    def test_sft_is_trained_once_for_all_rows_that_need_it(self, cli, here, own, monkeypatch):
+        trained, train = [], methods.fit
+        monkeypatch.setattr(methods, "fit", lambda *args, **rest: (trained.append(args[2]), train(*args, **rest))[1])
+        flags = ["task", own, "--draws", 4, "--methods"]
+        assert cli(*flags, "sft").code == 0
+        drawn = json.loads((here / "run/task/sft-0.json").read_text())
+        assert cli(*flags, "sft/policy").code == 0
+        (here / "run/task/sft-0.json").unlink()
+        assert cli(*flags, "sft").code == 0
+        again = json.loads((here / "run/task/sft-0.json").read_text())
+        assert len(trained) == 1
+        assert again["texts"] == drawn["texts"]  # the adapter that was kept is the one that was judged
+        write(own, yaml.safe_load(own.read_text()) | {"methods": {"sft": {"lr": 0.05}}})
+        assert cli(*flags, "sft").code == 0
+        assert len(trained) == 2
 
     def test_other_metrics_need_no_new_draws_and_another_reward_does(self, cli, here, own):
         flags = ["--methods", "prior,policy", "--draws", 4, "--json", "t.json"]

@@ -196,6 +196,21 @@ class Bench:
         rows = templated(self.of.rows, self.of.recipe.completion, "completion", "completion")
         return Given(demonstrations(self.of.prior, rows))
 
+    def sft(self) -> tuple[Any, float]:
+        """The policy that fine-tuning on the references leaves; an adapter is kept, and trained once for all rows that need it."""
+        folder, mine = self.of.recipe.folder / "sft", replace(self, method="sft")
+        if lora_of(self.of.recipe) is None:
+            return mine.trained("sft", self.demonstrations())
+        facts = folder / "sft.json"
+        settings = {"key": self.task.training_key(self.seed), "sft": self.of.recipe.methods.get("sft", {})}
+        known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {}
+        if {name: known.get(name) for name in settings} == settings:
+            return self.of.prior.policy(start=folder), float(known["training"])
+        policy, seconds = mine.trained("sft", self.demonstrations())
+        policy.save(folder)
+        write_json(facts, {**settings, "training": seconds})  # after the adapter: with it, the adapter is whole
+        return policy, seconds
+
     def after_sft(self) -> tuple[Any, float]:
         """The policy of the recipe's own engine, started from the adapter that SFT leaves; the prior remains the reference.
 
@@ -206,16 +221,12 @@ class Bench:
             raise InputError(
                 f"method {self.method!r} starts from an adapter, but lora_r is 0; leave it out, or set lora_r"
             )
-        folder = self.of.recipe.folder / "after-sft"
-        facts = folder / "sft.json"
-        if not facts.is_file():
-            adapter, seconds = self.trained("sft", self.demonstrations())
-            adapter.save(folder / "sft")
-            adapter.discard()
-            write_json(facts, {"training": seconds})  # after the adapter: with it, the adapter is whole
-        warm = self.task.another(self.seed, start=str(folder / "sft"), out=str(folder))
+        folder = self.of.recipe.folder
+        sft, training = self.sft()
+        sft.discard()
+        warm = self.task.another(self.seed, start=str(folder / "sft"), out=str(folder / "after-sft"))
         policy, seconds = replace(self, of=warm).policy()
-        return policy, seconds + float(json.loads(facts.read_text())["training"])
+        return policy, seconds + training
 
     def policy(self) -> tuple[Any, float]:
         """The policy of the recipe's own engine, trained unless its folder has it."""
@@ -255,7 +266,10 @@ def _prior(bench: Bench) -> Outcome:
 
 
 def _sft(bench: Bench) -> Outcome:
-    return bench.trained_and_judged("sft", bench.demonstrations())
+    policy, seconds = bench.sft()
+    found = bench.judged(policy, seconds)
+    policy.discard()
+    return found
 
 
 def _best_of_n(bench: Bench) -> Outcome:
