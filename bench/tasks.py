@@ -87,7 +87,7 @@ def cell(value: dict | None) -> str:
         return "–"
     digits = 1 if abs(value["value"]) >= 10 else 3
     error = "" if value["stderr"] is None else f" ± {value['stderr']:.{digits}f}"
-    text = f"{value['value']:.{digits}f}{error}"
+    text = f"{value['value']:z.{digits}f}{error}"
     gap = value["difference"]
     far = gap is not None and None not in gap.values() and abs(gap["value"]) > 2 * gap["stderr"]
     return f"**{text}**" if far else text

@@ -259,6 +259,8 @@ def _shown(cell: Cell | None) -> str:
         return "–"
     value, error = cell.estimate.value, cell.estimate.stderr
     digits = 1 if abs(value) >= 10 else 3
-    text = f"{value:.{digits}f}" if math.isnan(error) else f"{value:.{digits}f} ±{error:.{digits}f}"
+    text = (
+        f"{value:z.{digits}f}" if math.isnan(error) else f"{value:z.{digits}f} ±{error:.{digits}f}"
+    )  # z: no minus before zero
     far = cell.difference is not None and abs(cell.difference.value) > 2 * cell.difference.stderr
     return f"[bold]{text}[/bold]" if far else text
