@@ -388,7 +388,13 @@ class TestPromptsThatBeginAlike:
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
     @pytest.mark.parametrize(
-        ("alike", "passes"), [(("good", "a film"), 1), ((EXAMPLES,), 1), ((EXAMPLES, EXAMPLES + "good"), 2)]
+        ("alike", "passes"),
+        [
+            (("good", "a film"), 1),
+            ((EXAMPLES,), 1),
+            ((EXAMPLES, EXAMPLES + "good"), 2),
+            ((EXAMPLES + "a story who two", EXAMPLES + "e story who two"), 2),  # alike again after a difference
+        ],
     )
     def test_the_last_token_of_each_is_left_and_one_prompt_is_read_at_once(self, read, alike, passes):
         prior, _ = policy_of(model_of("llama"))

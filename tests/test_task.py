@@ -110,6 +110,7 @@ class TestTable:
         write(own, yaml.safe_load(own.read_text()) | {"methods": {"sft": {"lr": 0.05}}})
         assert cli(*flags, "sft").code == 0
         assert len(trained) == 2
+        assert "trained with other settings" in cli(*flags, "sft/policy").err  # it went on from the other adapter
 
     def test_other_metrics_need_no_new_draws_and_another_reward_does(self, cli, here, own):
         flags = ["--methods", "prior,policy", "--draws", 4, "--json", "t.json"]

@@ -201,14 +201,13 @@ class Bench:
         folder, mine = self.of.recipe.folder / "sft", replace(self, method="sft")
         if lora_of(self.of.recipe) is None:
             return mine.trained("sft", self.demonstrations())
-        facts = folder / "sft.json"
-        settings = {"key": self.task.training_key(self.seed), "sft": self.of.recipe.methods.get("sft", {})}
+        facts, key = folder / "sft.json", self.task.training_key(self.seed, "sft")
         known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {}
-        if {name: known.get(name) for name in settings} == settings:
+        if known.get("key") == key:
             return self.of.prior.policy(start=folder), float(known["training"])
         policy, seconds = mine.trained("sft", self.demonstrations())
         policy.save(folder)
-        write_json(facts, {**settings, "training": seconds})  # after the adapter: with it, the adapter is whole
+        write_json(facts, {"key": key, "training": seconds})  # after the adapter: with it, the adapter is whole
         return policy, seconds
 
     def after_sft(self) -> tuple[Any, float]:
@@ -225,13 +224,17 @@ class Bench:
         sft, training = self.sft()
         sft.discard()
         warm = self.task.another(self.seed, start=str(folder / "sft"), out=str(folder / "after-sft"))
-        policy, seconds = replace(self, of=warm).policy()
+        policy, seconds = replace(self, of=warm).policy("sft")
         return policy, seconds + training
 
-    def policy(self) -> tuple[Any, float]:
-        """The policy of the recipe's own engine, trained unless its folder has it."""
+    def policy(self, *before: str) -> tuple[Any, float]:
+        """The policy of the recipe's own engine, trained unless its folder has it.
+
+        Args:
+            before: methods that left what it starts from.
+        """
         folder, began = self.of.recipe.folder, time.perf_counter()
-        facts, key = folder / "task.json", self.task.training_key(self.seed)
+        facts, key = folder / "task.json", self.task.training_key(self.seed, *before)
         known: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {"key": key}
         if known["key"] != key:
             raise InputError(

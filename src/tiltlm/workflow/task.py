@@ -158,14 +158,15 @@ class TaskRun:
 
     def key(self, method: str, seed: int) -> str:
         """What a method's completions depend on, as a hash: not the metrics, which are taken anew."""
-        own = self.recipe.methods.get(method, {})
-        return _hash(self.training_key(seed), method, own, self.draws, [str(row) for row in self.test_rows])
+        key = self.training_key(seed, method, *method.split("/"))
+        return _hash(key, method, self.draws, [str(row) for row in self.test_rows])
 
-    def training_key(self, seed: int) -> str:
-        """What the recipe's policy depends on, as a hash."""
+    def training_key(self, seed: int, *methods: str) -> str:
+        """What a policy depends on, as a hash: the recipe, and what it says of the methods that the policy goes through."""
         apart = {"out", "metrics", "baselines", "methods", "quick", "test", "trackers"}
         settings = self.recipe.model_dump(exclude=apart) | {"seed": seed, "beta": self.beta}
-        return _hash(settings, self._first.reward_code, [str(row) for row in self._first.rows])
+        own = {name: self.recipe.methods[name] for name in methods if name in self.recipe.methods}
+        return _hash(settings, own, self._first.reward_code, [str(row) for row in self._first.rows])
 
 
 def _hash(*parts: Any) -> str:

@@ -51,8 +51,8 @@ def make_translator(size: Size, tokenizer: PreTrainedTokenizerBase, longest: int
 
     Marian, because with little time it learns to translate where T5 and Pegasus, which normalise before each layer, do not yet.
     Weights begin with variance 1 / width (Vaswani et al. 2017: embeddings of unit variance beside the positions once they are
-    scaled, and as Glorot and Bengio 2010 for square matrices). The configuration's 0.02 is for widths of thousands: attention is
-    uniform with it for most of the time that there is, and at times for all of it.
+    scaled, and as Glorot and Bengio 2010 for square matrices). The configuration's 0.02 is for widths of thousands: with it
+    a translator of this size came to look at its source late, and once not at all (LAB.md).
 
     Args:
         longest: positions of source and of target; a longer text has none.
