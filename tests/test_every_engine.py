@@ -86,7 +86,10 @@ def test_the_list_of_engines(cli, refused, here):
     assert ended.code == 0, ended.err
     (row,) = json.loads((here / "e.json").read_text())["engines"]
     assert all(check["passed"] for check in row["checks"])
-    assert cli("engines").code == 0
+    listed = cli("engines").out
+    assert "var-grad " in listed  # whole, at whatever width
+    assert "not asked" not in listed
+    assert max(map(len, listed.splitlines())) <= 80
     assert "did you mean 'var-grad'" in refused("engines", "var-gard")
 
 
