@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from test_light import model_of, policy_of, without_light
+from tiltlm.lm import shared_cache
 from tiltlm.lm.shared_cache import SharedCache
 
 PROMPTS = [text[:length] for text in ("the film was good", "a quiet story of two friends") for length in range(3, 16)]
@@ -84,8 +85,9 @@ def test_what_waits_takes_the_place_of_what_has_ended():
     assert max(watched.rows) <= rows
 
 
-def test_positions_that_nobody_looks_at_any_more_are_forgotten():
+def test_positions_that_nobody_looks_at_any_more_are_forgotten(monkeypatch):
     """A row is at most `LIMIT` tokens long, and so is the cache beyond the prompts, however long the whole goes on."""
+    monkeypatch.setattr(shared_cache, "APART_BYTES", 0)
     _, policy = policy_of(model_of("llama"))
     policy = replace(policy, rows=8)
     watched = Watched(policy)
@@ -93,6 +95,15 @@ def test_positions_that_nobody_looks_at_any_more_are_forgotten():
     assert len(watched.used) > 5 * LIMIT
     assert max(watched.used) <= LIMIT
     assert int(draws.lengths.max()) == LIMIT
+
+
+def test_a_prompt_that_each_row_has_to_itself_is_all_that_its_cache_holds_besides():
+    """When the last rows have come, a row's own cache may have a gap before them; nobody makes it longer."""
+    _, policy = policy_of(model_of("llama"))
+    prompts, policy = policy.encode(PROMPTS), replace(policy, rows=8)
+    watched = Watched(policy)
+    policy.draw(prompts, 6, seeded())
+    assert LIMIT < max(watched.used) <= prompts.mask.shape[1] + 2 * LIMIT
 
 
 def test_progress_counts_every_completion_once():

@@ -11,7 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 import tiltlm as tl
 from conftest import make_model, make_tokenizer
-from tiltlm.lm import attention, causal
+from tiltlm.lm import attention, causal, shared_cache
 from tiltlm.lm.attention import Groups, Keys, Sight, attend
 from tiltlm.lm.light import LightBody
 from tiltlm.lm.load import load
@@ -412,3 +412,31 @@ class TestPromptsThatBeginAlike:
         read.clear()
         prior.body.backbone.prefill(prompts)
         assert len(read) == 1
+
+
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_rows_draw_alike_with_their_prompts_to_themselves_or_shared(monkeypatch, most):
+    prior, policy = policy_of(model_of("llama"))
+    assert prior.law.max_new_tokens < shared_cache.ROOM, "the room behind a row is to be looked past"
+    monkeypatch.setattr(shared_cache, "APART_BYTES", most)
+    prompts, kept = prior.encode(PROMPTS), []
+    apart = SharedCache.apart
+    monkeypatch.setattr(SharedCache, "apart", lambda cache: kept.append(apart(cache)) or kept[-1])
+    draws = policy.draw(prompts, 20, torch.Generator().manual_seed(2))
+    assert [bool(cache.shared) for cache in kept] == [most == 0]
+    slow = without_light(policy).draw(prompts, 20, torch.Generator().manual_seed(2))
+    assert torch.equal(draws.tokens, slow.tokens)
+    torch.testing.assert_close(draws.log_q, slow.log_q, atol=1e-11, rtol=0)
+
+
+def test_prompts_and_completions_are_read_in_one_pass(monkeypatch):
+    prior, policy = policy_of(model_of("llama"))
+    draws = policy.draw(prior.encode(PROMPTS), 4, torch.Generator().manual_seed(2))
+    passes = []
+    run = LightBody._run
+    monkeypatch.setattr(LightBody, "_run", lambda body, *args: passes.append(len(args[1])) or run(body, *args))
+    policy.forward(draws, frozenset({"log_q"}))
+    assert passes == [2]
+    passes.clear()
+    policy.forward(replace(draws, tokens=draws.tokens[:, :1], mask=draws.mask[:, :1]), frozenset({"log_q"}))
+    assert passes == [1], "of completions of one token the prompts are all there is to read"

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 SCORES_BYTES = 32 * 2**20
 """What the scores of a block of positions may take."""
@@ -100,28 +101,32 @@ class Sight:
         for start in range(0, self.asks.shape[1], most):
             yield slice(start, min(start + most, self.asks.shape[1]))
 
-    def hidden(self, block: slice) -> Bool[Tensor, "B S L"] | None:
-        """What the positions of a block may not look at, of all that is not later than the last of them; None for nothing.
+    def seen(self, block: slice, own: int) -> int:
+        """So many of a row's `own` positions meet the positions of a block: all, if there is but one to ask."""
+        return own if self.asks.shape[1] == 1 else self.past + block.stop - self.shared
+
+    def hidden(self, block: slice, length: int) -> Bool[Tensor, "B S L"] | None:
+        """What the positions of a block may not look at, of the first `length` positions; None for nothing.
 
         It is the same in every layer, and is kept while it is small.
         """
-        key = block.start, block.stop
+        key = block.stop, length
         if key in self._known:
             return self._known[key]
-        hidden = self._hidden(block)
-        if hidden is None or self.asks.numel() * self.real.shape[1] <= KEPT:
+        hidden = self._hidden(block, length)
+        if hidden is None or self.asks.numel() * length <= KEPT:
             self._known[key] = hidden
         return hidden
 
-    def _hidden(self, block: slice) -> Bool[Tensor, "B S L"] | None:
-        last = self.past + block.stop
+    def _hidden(self, block: slice, length: int) -> Bool[Tensor, "B S L"] | None:
         later = None
-        if block.stop - block.start > 1:
+        if block.stop - block.start > 1 or length > self.past + block.stop:
             here = torch.arange(block.start, block.stop, device=self.real.device) + self.past
-            later = (torch.arange(last, device=self.real.device) > here[:, None])[None]
+            later = (torch.arange(length, device=self.real.device) > here[:, None])[None]
         if not self.padded:
             return later
-        padding = ~self.real[:, None, :last] & self.asks[:, block, None]
+        real = self.real[:, None, :length]
+        padding = ~functional.pad(real, (0, length - real.shape[-1])) & self.asks[:, block, None]
         return padding if later is None else padding | later
 
 
@@ -168,8 +173,9 @@ def _attend(
     heads, rows, repeats = q.shape[:3]
     parts = []
     for block in sight.blocks(heads * repeats, q.element_size()):
-        seen = sight.past + block.stop - sight.shared
-        weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, sight.hidden(block))
+        seen = sight.seen(block, k_own.shape[2])
+        hidden = sight.hidden(block, sight.shared + seen)
+        weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, hidden)
         out = _weighted(weights, v_shared, v_own[:, :, :seen], groups)
         parts.append(out.view(heads, rows, repeats, -1, out.shape[-1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
@@ -203,8 +209,9 @@ class _Attend(torch.autograd.Function):
             _Sum(torch.zeros_like(s), torch.zeros_like(o)) for s, o in ((k_shared, k_own), (v_shared, v_own))
         )
         for block in sight.blocks(heads * repeats, q.element_size()):
-            seen = sight.past + block.stop - sight.shared
-            weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, sight.hidden(block))
+            seen = sight.seen(block, k_own.shape[2])
+            hidden = sight.hidden(block, sight.shared + seen)
+            weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, hidden)
             flat = [x[:, :, :, block].reshape(heads, rows, -1, width) for x in (grad, out, q)]
             slope = _products(flat[0], v_shared, v_own[:, :, :seen], groups)
             slope = (slope - (flat[0] * flat[1]).sum(-1, keepdim=True)).mul_(weights)

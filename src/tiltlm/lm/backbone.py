@@ -77,6 +77,11 @@ class Prefix:
             mask = torch.cat([mask[:, : cache.shared], mask[:, cache.shared + forgotten :]], dim=-1)
         return Prefix(memory, mask, self.last[index])
 
+    def apart(self) -> Prefix:
+        """The same for rows that nobody comes beside any more: what they share is copied where that is faster."""
+        cache = self.memory.cache
+        return replace(self, memory=replace(self.memory, cache=cache.apart())) if self.takes_more else self
+
     @property
     def takes_more(self) -> bool:
         """Whether rows that begin now may come beside those that are under way."""
@@ -202,6 +207,22 @@ class Backbone(ABC):
         seen = torch.cat([prefix.mask, mask[:, :width].to(prefix.mask.device)], dim=-1)
         return Prefix(prefix.memory, seen, self.features(tokens[:, :width], seen, prefix.memory)[:, -1])
 
+    def read(
+        self, prompts: Prompts, rows: Int[Tensor, " B"], tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T+1 D"]:
+        """Features after each row's prompt and after each of its tokens.
+
+        Args:
+            rows: the prompt of each row; every prompt has one.
+            mask: True on real tokens; what is found after the others has no meaning.
+        """
+        prefix = self.prefill(prompts).rows(rows)
+        last = prefix.last[:, None]
+        if not tokens.shape[1]:
+            return last
+        seen = torch.cat([prefix.mask, mask.to(prefix.mask.device)], dim=-1)
+        return torch.cat([last, self.features(tokens, seen, prefix.memory)], dim=1)
+
     def features(
         self, ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B L"], memory: Memory | None = None, **inputs: Tensor
     ) -> Float[Tensor, "B S D"]:
@@ -211,7 +232,9 @@ class Backbone(ABC):
             mask: True on real tokens, over the cache and `ids` together.
             inputs: what the model reads beside the tokens, by name, such as pixels.
         """
-        raw = self._run(ids.to(self.device), mask.to(self.device), memory, **inputs)
+        return self._tilted(self._run(ids.to(self.device), mask.to(self.device), memory, **inputs))
+
+    def _tilted(self, raw: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         return raw if self._tilt is None else raw + self._tilt(raw).to(raw.dtype)
 
     def tilted(self, tilt: Tilt) -> Backbone:

@@ -64,10 +64,28 @@ class CausalBackbone(Backbone):
 
     def prefill(self, prompts: Prompts) -> Prefix:
         """Run the prompts once; inside they are padded on the left."""
+        tokens, mask = self._left(prompts)
+        return self._read(tokens, mask, self._inputs(prompts, tokens.shape[1]))
+
+    def read(
+        self, prompts: Prompts, rows: Int[Tensor, " B"], tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T+1 D"]:
+        """In one pass if we run the layers, unless the prompts begin alike."""
+        light = self._light if self._split is not None and not prompts.inputs else None
+        ids, real = self._left(prompts)
+        found = None
+        if light is not None and tokens.shape[1] and not _common(ids, real):
+            found = light.prompts_and_completions(ids, real, *(x.to(self.device) for x in (rows, tokens, mask)))
+        if found is None:
+            return super().read(prompts, rows, tokens, mask)
+        of_prompts, after = found
+        return self._tilted(torch.cat([of_prompts[rows.to(self.device), -1:], after], dim=1))
+
+    def _left(self, prompts: Prompts) -> tuple[Int[Tensor, "P L"], Bool[Tensor, "P L"]]:
+        """Prompts padded on the left."""
         if not int(prompts.mask.any(-1).all()):
             raise InputError("a prompt has no tokens; write a text that the tokenizer knows")
-        tokens, mask = left_pad(prompts.tokens.to(self.device), prompts.mask.to(self.device))
-        return self._read(tokens, mask, self._inputs(prompts, tokens.shape[1]))
+        return left_pad(prompts.tokens.to(self.device), prompts.mask.to(self.device))
 
     def resume(
         self, prompts: Prompts, rows: Int[Tensor, " B"], tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]

@@ -10,7 +10,7 @@ every kind of adapter that is not a plain low-rank one, goes through the model's
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,7 +70,6 @@ class LightBody:
         config = self._body.config
         self.eps: float = config.rms_norm_eps
         self.width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.heads: int = config.num_key_value_heads
         self._packer = Packer()
         self._recompute = False
 
@@ -109,19 +108,48 @@ class LightBody:
         Args:
             mask: True on real tokens, over the cache and `ids` together.
         """
-        asks = mask[:, -ids.shape[1] :]
-        places = None if bool(asks.all()) else asks.flatten().nonzero().flatten()
-        return self._run(self._body.embed_tokens(_at(places, ids)), mask, asks, places, cache)
+        block = _Block.of(mask, ids.shape[1], cache.groups, cache.shared, cache.used)
+        hidden = self._body.embed_tokens(_at(block.places, ids))
+        return block.padded(self._run(hidden, [block], cache)).view(*ids.shape, -1)
 
-    def _run(
-        self, hidden: Float[Tensor, "N D"], mask: Tensor, asks: Tensor, places: Tensor | None, cache: SharedCache
-    ) -> Float[Tensor, "B S D"]:
-        """All layers on the embeddings of the tokens that ask."""
-        positions = _at(places, _positions(mask, asks.shape[1]))
+    def prompts_and_completions(
+        self,
+        prompts: Int[Tensor, "P L"],
+        of_prompts: Bool[Tensor, "P L"],
+        owner: Int[Tensor, " B"],
+        ids: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B S"],
+    ) -> tuple[Float[Tensor, "P L D"], Float[Tensor, "B S D"]] | None:
+        """Features after each token of prompts, padded on the left, and of completions, in one pass; 0 on padding.
+
+        None if an adapter is on that is not a plain one.
+
+        Args:
+            of_prompts, mask: True on real tokens.
+            owner: the prompt of each completion; every prompt has one.
+        """
+        cache = self.open(len(prompts))
+        if cache is None:
+            return None
+        seen = torch.cat([of_prompts[owner], mask], dim=-1)
+        blocks = [
+            _Block.of(of_prompts, prompts.shape[1], cache.groups),
+            _Block.of(seen, ids.shape[1], Groups(owner, len(prompts)), prompts.shape[1]),
+        ]
+        tokens = torch.cat([_at(block.places, x) for block, x in zip(blocks, (prompts, ids), strict=True)])
+        found = self._run(self._body.embed_tokens(tokens), blocks, cache).split([block.count for block in blocks])
+        of_prompt, after = (
+            block.padded(x).view(*block.sight.asks.shape, -1) for block, x in zip(blocks, found, strict=True)
+        )
+        return of_prompt, after
+
+    def _run(self, hidden: Float[Tensor, "N D"], blocks: Sequence[_Block], cache: SharedCache) -> Float[Tensor, "N D"]:
+        """All layers on the embeddings of the blocks' real tokens, one block after the other; each looks at those before it."""
+        positions = torch.cat([block.positions for block in blocks])
         cos, sin = (x[0, :, None] for x in self._body.rotary_emb(hidden, position_ids=positions[None]))
         scale = self.width**-0.5
-        turn_q, turn_k = (cos * scale, sin * scale), (cos, sin)
-        once = _Pass(self, cache.groups, cache.used, Sight(mask, asks, cache.shared), places, turn_q, turn_k)
+        once = _Pass(self, blocks, (cos * scale, sin * scale), (cos, sin))
+        first = not cache.layers
         for number, plan in enumerate(cache.plans):
             if self._recompute and torch.is_grad_enabled():
                 found = checkpoint(
@@ -131,9 +159,8 @@ class LightBody:
                 found = once.through(hidden, plan, cache.layer(number))
             hidden, layer = found
             cache.keep(number, layer)
-        cache.used += asks.shape[1] if once.sight.shared else 0
-        features = rms_norm(hidden, self._body.norm.weight, self.eps)
-        return once.padded(features).view(*asks.shape, -1)
+        cache.used += sum(block.sight.asks.shape[1] for block in blocks[first:])
+        return rms_norm(hidden, self._body.norm.weight, self.eps)
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -151,17 +178,69 @@ class LightBody:
             return False
         for new in (slice(0, 4), slice(4, 6)):
             seen, asks = mask[:, : new.stop], mask[:, new]
-            places = asks.flatten().nonzero().flatten()
-            got = light._run(embedded[:, new][asks], seen, asks, places, cache)
+            block = _Block.of(seen, asks.shape[1], cache.groups, cache.shared, cache.used)
+            got = light._run(embedded[:, new][asks], [block], cache)
             expected = few(
                 inputs_embeds=embedded[:, new],
                 attention_mask=seen.long(),
                 position_ids=_positions(seen, asks.shape[1]),
                 past_key_values=theirs,
-            ).last_hidden_state
-            if not (got - expected)[asks].norm() <= 1e-5 * expected[asks].norm():
+            ).last_hidden_state[asks]
+            if not (got - expected).norm() <= 1e-5 * expected.norm():
                 return False
         return True
+
+
+@dataclass(frozen=True)
+class _Block:
+    """New tokens of several rows: a rectangle of positions, some of them padding.
+
+    Attributes:
+        groups: the prompt of each row.
+        used: positions that the rows have beyond their prompts already.
+        places: where the real tokens stand among all positions of all rows; None if all are real.
+        positions: the place of each real token in its text.
+    """
+
+    groups: Groups
+    used: int
+    sight: Sight
+    places: Int[Tensor, " N"] | None
+    positions: Int[Tensor, " N"]
+
+    @staticmethod
+    def of(mask: Bool[Tensor, "B L"], new: int, groups: Groups, shared: int = 0, used: int = 0) -> _Block:
+        """The last `new` positions of rows whose prompts have `shared` ones."""
+        asks = mask[:, mask.shape[1] - new :]
+        places = None if bool(asks.all()) else asks.flatten().nonzero().flatten()
+        return _Block(groups, used, Sight(mask, asks, shared), places, _at(places, _positions(mask, new)))
+
+    @property
+    def count(self) -> int:
+        """Real tokens."""
+        return len(self.positions)
+
+    def padded(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "BS D"]:
+        """Real tokens back among the padding."""
+        if self.places is None:
+            return x
+        return x.new_zeros(self.sight.asks.numel(), x.shape[-1]).index_copy(0, self.places, x)
+
+    def attend(
+        self, q: Float[Tensor, "N H D"], k: Float[Tensor, "N K D"], v: Float[Tensor, "N K D"], before: Layer | None
+    ) -> tuple[Float[Tensor, "N E"], Layer]:
+        """What the tokens see, and the layer's memory with them in it."""
+        by_head = [self._by_head(x, k.shape[1]) for x in (q, k, v)]
+        new = by_head[1][:, :, 0], by_head[2][:, :, 0]
+        layer, keys, values = Layer.of_prompts(*new) if before is None else before.grown(*new, self.used)
+        out = attend(by_head[0], keys, values, self.groups, self.sight).permute(1, 3, 0, 2, 4)
+        out = out.reshape(self.sight.asks.numel(), -1)
+        return out if self.places is None else out[self.places], layer
+
+    def _by_head(self, x: Float[Tensor, "N H D"], heads: int) -> Float[Tensor, "K B R S D"]:
+        """Real tokens as rows again, the heads of the keys first."""
+        rows = self.padded(x.reshape(len(x), -1)).view(*self.sight.asks.shape, heads, -1, x.shape[-1])
+        return rows.permute(2, 0, 3, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -169,17 +248,11 @@ class _Pass:
     """One pass through all layers. It changes nothing, so that a layer may be run again for its gradient.
 
     Attributes:
-        groups: the prompt of each row.
-        used: positions that the rows have beyond their prompts already.
-        places: where the real tokens stand among all positions of all rows; None if all are real.
         turn_q, turn_k: cosine and sine of the real tokens' positions; those for queries have the scores' scale in them.
     """
 
     body: LightBody
-    groups: Groups
-    used: int
-    sight: Sight
-    places: Int[Tensor, " N"] | None
+    blocks: Sequence[_Block]
     turn_q: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
     turn_k: tuple[Float[Tensor, "N 1 D"], Float[Tensor, "N 1 D"]]
 
@@ -192,31 +265,21 @@ class _Pass:
         inside = swiglu(*_apply(plan.gate_up, rms_norm(hidden, plan.mlp_norm, self.body.eps)))
         return hidden + _apply(plan.down, inside)[0], layer
 
-    def padded(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "BS D"]:
-        """Real tokens back among the padding."""
-        if self.places is None:
-            return x
-        return x.new_zeros(self.sight.asks.numel(), x.shape[-1]).index_copy(0, self.places, x)
-
     def _attention(
-        self, x: Float[Tensor, "N D"], plan: LayerPlan, before: Layer | None
-    ) -> tuple[Float[Tensor, "N D"], Layer]:
-        q, k, v = _apply(plan.qkv, x)
-        q, k = (part.view(len(x), -1, self.body.width) for part in (q, k))
+        self, x: Float[Tensor, "N D"], plan: LayerPlan, layer: Layer | None
+    ) -> tuple[Float[Tensor, "N E"], Layer]:
+        q, k, v = (part.view(len(x), -1, self.body.width) for part in _apply(plan.qkv, x))
         if plan.head_norms is not None:
             q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
         q, k = rotate(q, *self.turn_q), rotate(k, *self.turn_k)
-        q, k, v = (self._by_head(part.reshape(len(x), -1)) for part in (q, k, v))
-        new = k[:, :, 0], v[:, :, 0]
-        layer, keys, values = Layer.of_prompts(*new) if before is None else before.grown(*new, self.used)
-        out = attend(q, keys, values, self.groups, self.sight).permute(1, 3, 0, 2, 4)
-        out = out.reshape(self.sight.asks.numel(), -1)
-        return out if self.places is None else out[self.places], layer
-
-    def _by_head(self, x: Float[Tensor, "N E"]) -> Float[Tensor, "K B R S D"]:
-        """Real tokens as rows again, the heads of the keys first."""
-        heads = self.padded(x).view(*self.sight.asks.shape, self.body.heads, -1, self.body.width)
-        return heads.permute(2, 0, 3, 1, 4)
+        counts = [block.count for block in self.blocks]
+        seen: list[Tensor] = []
+        parts = zip(q.split(counts), k.split(counts), v.split(counts), strict=True)
+        for block, (its_q, its_k, its_v) in zip(self.blocks, parts, strict=True):
+            out, layer = block.attend(its_q, its_k, its_v, layer)
+            seen.append(out)
+        assert layer is not None
+        return seen[0] if len(seen) == 1 else torch.cat(seen), layer
 
 
 def _apply(layers: Linears, x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N O"], ...]:

@@ -151,6 +151,7 @@ def _decode(
         if len(waiting) and (inside is None or (inside.takes_more and len(which) <= _few(rows))):
             first, new = count - len(waiting), waiting.take(rows - len(which))
             inside = new if inside is None else inside.beside(new)
+            inside = inside if len(waiting) else inside.apart()
             which = torch.cat([which, torch.arange(first, count - len(waiting), device=device)])
         assert inside is not None
         place = lengths[which]

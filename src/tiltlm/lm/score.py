@@ -18,14 +18,10 @@ def completion_features(backbone: Backbone, draws: Draws) -> tuple[Float[Tensor,
     Prompts are run once and shared by their completions; padding does not reach the head.
     """
     unique, owner = draws.prompt_index.unique(return_inverse=True)
-    prefix = backbone.prefill(draws.prompts.select(unique.tolist())).rows(owner)
+    prompts = draws.prompts.select(unique.tolist())
     width = max(1, int(draws.lengths.max()))
     mask = draws.mask[:, :width]
-    features = prefix.last[:, None]
-    if width > 1:
-        seen = torch.cat([prefix.mask, mask[:, :-1].to(prefix.mask.device)], dim=-1)
-        after = backbone.features(draws.tokens[:, : width - 1], seen, prefix.memory)
-        features = torch.cat([features, after], dim=1)
+    features = backbone.read(prompts, owner, draws.tokens[:, : width - 1], mask[:, :-1])
     return features[mask.to(features.device)], mask
 
 

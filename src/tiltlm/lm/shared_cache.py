@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,10 @@ from tiltlm.lm.attention import Groups, Keys
 
 ROOM = 32
 """Positions that a row's cache begins with; it doubles when they are used up."""
+
+
+APART_BYTES = 2**20
+"""Keys and values of a layer that rows may have of their prompts, each for itself; more than that is worth sharing."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,17 @@ class Layer:
     def grown(
         self, keys: Float[Tensor, "K B S D"], values: Float[Tensor, "K B S D"], used: int
     ) -> tuple[Layer, Keys, Keys]:
-        """With new positions after the `used` ones of the rows; and all keys and values that are there."""
+        """With new positions after the `used` ones of the rows; and all keys and values that are there.
+
+        A single new position gets the empty room behind it as well: products of what lies in one piece are several times as fast
+        on a CPU, and `Sight` hides the rest.
+        """
         if torch.is_grad_enabled():  # written in place they could not be differentiated
             new = keys.contiguous(), values.contiguous()
             own = new if self.own is None else _joined(self.own, new, used)
         else:
             own = _written(self.own, (keys, values), used)
-        last = used + keys.shape[2]
+        last = own[0].shape[2] if keys.shape[2] == 1 else used + keys.shape[2]
         whole = [Keys(shared, mine[:, :, :last]) for shared, mine in zip(self.shared, own, strict=True)]
         return Layer(self.shared, own), whole[0], whole[1]
 
@@ -92,16 +100,29 @@ class SharedCache:
     def as_prompts(self) -> SharedCache:
         """Rows of prompts that begin alike as prompts of their own: the beginning, and what each row has read after it."""
         owner = self.groups.owner
-        layers: list[Layer] = []
-        for layer in self.layers:
-            assert layer.own is not None
-            keys, values = (
-                torch.cat([begin.index_select(1, owner), own[:, :, : self.used]], dim=2)
-                for begin, own in zip(layer.shared, layer.own, strict=True)
-            )
-            layers.append(Layer((keys, values)))
         alone = Groups(torch.arange(len(owner), device=owner.device), len(owner))
-        return replace(self, layers=layers, groups=alone, used=0)
+        return replace(self, layers=[Layer(whole) for whole in self._whole()], groups=alone, used=0)
+
+    def apart(self) -> SharedCache:
+        """The same with a copy of its prompt for every row, if these are small: then one product more costs more than reading them."""
+        if not self.layers or not self.shared or self._copied() > APART_BYTES:
+            return self
+        layers = [Layer(_none(layer.shared), whole) for layer, whole in zip(self.layers, self._whole(), strict=True)]
+        return replace(self, layers=layers, used=self.shared + self.used)
+
+    def _copied(self) -> int:
+        """Bytes of a layer's keys and values if every row has its prompt."""
+        keys, values = self.layers[0].shared
+        return (keys[:, 0].nbytes + values[:, 0].nbytes) * len(self.groups.owner)
+
+    def _whole(self) -> Iterator[tuple[Float[Tensor, "K B L D"], Float[Tensor, "K B L D"]]]:
+        """Keys and values of each row with its prompt's before them, layer by layer."""
+        owner = self.groups.owner
+        for layer in self.layers:
+            shared = [x.index_select(1, owner) for x in layer.shared]
+            own = _none(shared) if layer.own is None else layer.own
+            keys, values = (torch.cat([a, b[:, :, : self.used]], dim=2) for a, b in zip(shared, own, strict=True))
+            yield keys, values
 
     def forgetting(self, count: int) -> SharedCache:
         """The same without the first `count` positions beyond the prompts, which no row looks at any more."""
@@ -129,6 +150,12 @@ class SharedCache:
         return replace(self, layers=layers, groups=Groups(owner, self.groups.count + other.groups.count))
 
 
+def _none(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """No positions."""
+    keys, values = (x[:, :, :0] for x in tensors)
+    return keys, values
+
+
 def _below(x: Float[Tensor, "K B C D"], count: int) -> Float[Tensor, "K A C D"]:
     """With `count` empty rows behind."""
     return torch.cat([x, x.new_zeros(x.shape[0], count, *x.shape[2:])], dim=1)
@@ -147,8 +174,11 @@ def _joined(own: Sequence[Tensor], new: Sequence[Tensor], used: int) -> tuple[Te
 def _written(own: Sequence[Tensor] | None, new: Sequence[Tensor], used: int) -> tuple[Tensor, Tensor]:
     last = used + new[0].shape[2]
     if own is None or own[0].shape[2] < last:
-        room = max(ROOM, 2 * used, last)
-        grown = [more.new_empty(*more.shape[:2], room, more.shape[3]) for more in new]
+        alone = own is None and new[0].shape[2] > 1  # such as completions that are scored: nothing comes after them
+        room = last if alone else max(ROOM, 2 * used, last)
+        grown = [
+            more.new_zeros(*more.shape[:2], room, more.shape[3]) for more in new
+        ]  # nobody looks, but 0 * NaN is NaN
         if own is not None:
             for wide, old in zip(grown, own, strict=True):
                 wide[:, :, :used] = old[:, :, :used]
