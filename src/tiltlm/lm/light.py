@@ -159,7 +159,8 @@ class LightBody:
                 found = once.through(hidden, plan, cache.layer(number))
             hidden, layer = found
             cache.keep(number, layer)
-        cache.used += sum(block.sight.asks.shape[1] for block in blocks[first:])
+        own = blocks[1:] if first else blocks  # what is read first are the prompts
+        cache.used += sum(block.sight.asks.shape[1] for block in own)
         return rms_norm(hidden, self._body.norm.weight, self.eps)
 
     @torch.no_grad()
