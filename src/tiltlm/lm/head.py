@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from tiltlm.lm.packing import multiply
 from tiltlm.protocols import Law
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """What the logits of one product may take, in single precision."""
 CACHED_BYTES = 4 * 2**20
 """Logits that a CPU's cache holds: what is done to them entry by entry is done to so many at a time."""

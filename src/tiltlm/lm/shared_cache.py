@@ -14,8 +14,6 @@ from tiltlm.lm.attention import Groups, Keys
 
 ROOM = 32
 """Positions that a row's cache begins with; it doubles when they are used up."""
-
-
 APART_BYTES = 2**20
 """Keys and values of a layer that rows may have of their prompts, each for itself; more than that is worth sharing."""
 
@@ -176,9 +174,8 @@ def _written(own: Sequence[Tensor] | None, new: Sequence[Tensor], used: int) -> 
     if own is None or own[0].shape[2] < last:
         alone = own is None and new[0].shape[2] > 1  # such as completions that are scored: nothing comes after them
         room = last if alone else max(ROOM, 2 * used, last)
-        grown = [
-            more.new_zeros(*more.shape[:2], room, more.shape[3]) for more in new
-        ]  # nobody looks, but 0 * NaN is NaN
+        # nobody looks at the empty room, but its weight of 0 times a NaN would be NaN
+        grown = [more.new_zeros(*more.shape[:2], room, more.shape[3]) for more in new]
         if own is not None:
             for wide, old in zip(grown, own, strict=True):
                 wide[:, :, :used] = old[:, :, :used]
