@@ -440,3 +440,18 @@ def test_prompts_and_completions_are_read_in_one_pass(monkeypatch):
     passes.clear()
     policy.forward(replace(draws, tokens=draws.tokens[:, :1], mask=draws.mask[:, :1]), frozenset({"log_q"}))
     assert passes == [1], "of completions of one token the prompts are all there is to read"
+
+
+def test_keys_that_are_multiplied_lie_in_one_piece(monkeypatch):
+    """Of others oneDNN makes copies, layer by layer and token by token."""
+    prior, policy = policy_of(model_of("llama"))
+    products, pieces = attention._products, []
+    monkeypatch.setattr(
+        attention,
+        "_products",
+        lambda x, shared, own, groups: pieces.append(own.is_contiguous()) or products(x, shared, own, groups),
+    )
+    draws = policy.draw(prior.encode(PROMPTS), 4, torch.Generator().manual_seed(2))
+    prior.log_prob(draws)
+    assert len(pieces) > draws.tokens.shape[1]
+    assert all(pieces)
