@@ -53,7 +53,7 @@ def numbers(file):
 
 class TestGold:
     def test_from_plan_to_report(self, cli, place, models):
-        write(place / "recipe.yaml", settings(models, gold="rewards.py:held_out", steps=9, gold_every=1))
+        write(place / "recipe.yaml", settings(models, gold="rewards.py:held_out", steps=9, gold_every=1, stop=["e"]))
         ended = cli("plan", "recipe.yaml")
         assert "E gold, held out" in ended.out
         assert re.search(r"\ngold: \w+", ended.out)
@@ -81,7 +81,8 @@ class TestGold:
         assert "the posterior wants most" in html
         assert html.count('class="spec"') == 5 + 1 + 2 + 1  # both over KL, the parts, the lengths
 
-    def test_without_gold_the_report_says_how_to_have_it(self, cli, place):
+    def test_without_gold_the_report_says_how_to_have_it(self, cli, place, models):
+        write(place / "recipe.yaml", settings(models, stop=["e"]))
         for command in ("plan", "train", "certify"):
             assert cli(command, "recipe.yaml").code == 0
         cli("report", "run")

@@ -18,6 +18,7 @@ from tiltlm.errors import InputError
 from tiltlm.report.card import model_card
 from tiltlm.report.folder import read_run
 from tiltlm.report.frontier import frontier_figure
+from tiltlm.report.hacking import length_figure
 from tiltlm.report.html import write_report
 from tiltlm.report.landing import shortfall
 from tiltlm.report.legend import legend
@@ -25,7 +26,7 @@ from tiltlm.report.palette import DARK, LIGHT
 from tiltlm.report.panels import smooth, training_panels
 from tiltlm.report.prompts import prompts_figure
 from tiltlm.report.summary import summary_table
-from tiltlm.report.words import headline, show
+from tiltlm.report.words import headline, notes, show
 
 NASTY = "<script>alert(1)</script>"
 PROMPTS = ("The film was", f"Nasty {NASTY} & </script><!-- {{{{ 7*7 }}}}", "Prompt 'three' \"quoted\"\nin two lines")
@@ -294,6 +295,23 @@ def test_the_table_fits_and_says_where_the_policy_is(tmp_path):
         assert cell in text
     assert "0.100 ± 0.055 below the predicted frontier" in " ".join(text.split())
     assert "not certified" in rendered(summary_table(write_uncertified(tmp_path)))
+
+
+def test_what_plan_and_certificate_both_say_is_said_once(tmp_path):
+    plan, certificate = a_plan() | {"notes": ["both", "one"]}, a_certificate() | {"notes": ["both", "other"]}
+    found = notes(read_run(write(tmp_path, plan=plan, certificate=certificate)))
+    assert [(note["sentence"], note["source"]) for note in found] == [
+        ("both", "plan, certificate"),
+        ("one", "plan"),
+        ("other", "certificate"),
+    ]
+
+
+@pytest.mark.parametrize("other", [8, 7])
+def test_reward_against_length_is_drawn_where_lengths_differ(tmp_path, other):
+    draws = {kind: [{"length": n, "reward": 0.1 * n} for n in (8, other)] for kind in ("prior", "policy")}
+    figure = length_figure(read_run(write(tmp_path, hacking={"length": {}, "draws": draws, "heaviest": []})))
+    assert (figure is None) == (other == 8)
 
 
 def write_uncertified(run):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from tiltlm.diagnostics.degeneracy import Diversity, diversity
+from tiltlm.diagnostics.degeneracy import Diversity, cut_short, diversity
 from tiltlm.diagnostics.evidence_bounds import (
     Z95,
     Bounds,
@@ -372,12 +372,7 @@ def _cautions(scored: Scored) -> list[str]:
             f"The sampler puts {outside:.1%} of its draws where the posterior has none: KL(q||p*) is infinite. Correct it with a "
             f"decoding engine (the ESS is that of the draws inside), or give the constraint a penalty."
         )
-    cut = float((~draws.ended).double().mean())
-    if cut > 0.5:
-        notes.append(
-            f"{cut:.0%} of the completions were cut at {int(draws.lengths.max())} tokens (max_new_tokens); that is part of the "
-            f"target, so raise it if your reward judges whole texts."
-        )
+    notes += cut_short(draws)
     if len(set(zip(draws.prompt_index.tolist(), draws.texts, strict=True))) == len(draws.prompt_index.unique()):
         notes.append(
             "All completions of every prompt are equal: the sampler has collapsed; take a larger beta, or train less."

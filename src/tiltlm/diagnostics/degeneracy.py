@@ -55,6 +55,17 @@ def diversity(draws: Draws) -> Diversity:
     )
 
 
+def cut_short(draws: Draws) -> list[str]:
+    """What to know of draws most of which have no end: one sentence, or none."""
+    cut = float((~draws.ended).double().mean()) if len(draws) else 0.0
+    if cut <= 0.5:
+        return []
+    return [
+        f"{cut:.0%} of the completions were cut at max_new_tokens = {int(draws.lengths.max())}; that is part of the target, so raise "
+        f"max_new_tokens if your reward judges whole texts."
+    ]
+
+
 def _distinct(rows: list[tuple[int, ...]], n: int) -> float:
     grams = [row[i : i + n] for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan

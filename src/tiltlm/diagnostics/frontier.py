@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from tiltlm.diagnostics.degeneracy import cut_short
 from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
 from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
 from tiltlm.diagnostics.tilt import Tilted, best_of_n_shares, tilt, tilt_jackknife
@@ -307,13 +308,7 @@ def _warnings(scored: Scored, sample: PriorSample) -> list[str]:
         notes.append(
             f"{sample.left_out} prompts had fewer than two draws inside and are left out of all this; draw more samples."
         )
-    cut = float((~draws.ended).double().mean())
-    if cut > 0.5 and len(draws):
-        cap = int(draws.lengths.max())
-        notes.append(
-            f"{cut:.0%} of the completions were cut at max_new_tokens = {cap}; that is part of the target, so raise "
-            f"max_new_tokens if your reward judges whole texts."
-        )
+    notes += cut_short(draws)
     if all(float(r.std()) == 0 for r in sample.rewards):
         notes.append(
             f"Every completion of a prompt got the same reward in {sample.n} draws: there is nothing to learn from these, at any beta."

@@ -252,16 +252,16 @@ def _curve(pairs: Sequence[tuple[float, float]], tone: str) -> go.Figure:
 
 
 def length_figure(run: Run) -> go.Figure | None:
-    """Reward against length, a dot a draw, of the prior and of the policy."""
-    draws = (run.hacking or {}).get("draws")
-    if not draws:
-        return None
-    figure = canvas(380, "tokens in the completion", "reward, reward units")
+    """Reward against length, a dot a draw, of the prior and of the policy; None where all of them have one length."""
+    draws = (run.hacking or {}).get("draws") or {}
     kinds = {
         kind: [d for d in draws.get(kind) or () if finite(d["reward"]) is not None] for kind in ("prior", "policy")
     }
     lengths = {d["length"] for dots in kinds.values() for d in dots}
-    if lengths and max(lengths) - min(lengths) < FEW_LENGTHS:  # else Plotly would put ticks between them
+    if len(lengths) < 2:
+        return None
+    figure = canvas(380, "tokens in the completion", "reward, reward units")
+    if max(lengths) - min(lengths) < FEW_LENGTHS:  # else Plotly would put ticks between them
         figure.update_xaxes(dtick=1, range=[min(lengths) - 1, max(lengths) + 1])
     for rank, (kind, dots) in enumerate(kinds.items(), start=1):
         if dots:

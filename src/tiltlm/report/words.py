@@ -169,9 +169,10 @@ def _card(label: str, value: str, detail: str, accent: str = "") -> dict[str, st
     return {"label": label, "value": value, "detail": detail, "accent": accent}
 
 
-def notes(run: Run) -> list[dict[str, Any]]:
-    """The sentences of the plan and the certificate on what they cannot say."""
-    found = [{"source": "plan", "sentences": list(run.plan["notes"])}]
-    if run.certificate is not None:
-        found.append({"source": "certificate", "sentences": list(run.certificate["notes"])})
-    return [note for note in found if note["sentences"]]
+def notes(run: Run) -> list[dict[str, str]]:
+    """The sentences of the plan and the certificate on what they cannot say, each once."""
+    sources: dict[str, list[str]] = {}
+    for source, record in (("plan", run.plan), ("certificate", run.certificate)):
+        for sentence in record["notes"] if record is not None else ():
+            sources.setdefault(sentence, []).append(source)
+    return [{"sentence": sentence, "source": ", ".join(found)} for sentence, found in sources.items()]
