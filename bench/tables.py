@@ -68,7 +68,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     out = []
     for side, figures in found["summary"]["over_ours"].items():
         ahead = [name for name, value in figures.items() if value["median"] < 1 - CLOSE]
-        out += [f"**{side} is ahead** in {', '.join(map(readable, ahead))}." for _ in ahead[:1]]
+        out += [f"**{side} does better than {OURS}** in {', '.join(map(readable, ahead))}." for _ in ahead[:1]]
     out += [f"{side} did not run: {why}" for side, why in found["missing"].items()]
     runs = [run for done in found["rounds"] for run in done.values()]
     checks = [run["agreement"] for run in runs if "agreement" in run]
