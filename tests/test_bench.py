@@ -110,7 +110,7 @@ class TestSummary:
         rounds = [{"TiltLM": {"seconds": 2.0}, "TRL": {"seconds": 1.0}}]
         found = {"summary": summary(rounds, self.summarise), "missing": {"vLLM": "no room"}, "rounds": rounds}
         said = notes(found)
-        assert "**TRL is ahead** in seconds a step." in said
+        assert "**TRL does better than TiltLM** in seconds a step." in said
         assert "vLLM did not run: no room" in said
         assert ratio("seconds a step")(found["summary"]["over_ours"]["TRL"]) == "**0.50 ×**"
 
