@@ -15,7 +15,7 @@ from tiltlm.lm import attention, causal, shared_cache
 from tiltlm.lm.attention import Groups, Keys, Sight, attend
 from tiltlm.lm.light import LightBody
 from tiltlm.lm.load import load
-from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
+from tiltlm.lm.operations import Gated, Given, Normed, Projection, project, rms_norm, rotate
 from tiltlm.lm.packing import Packer, _cpu_packs
 from tiltlm.lm.shared_cache import SharedCache
 from tiltlm.lm.stops import StopStrings, _closers
@@ -191,14 +191,28 @@ def test_each_operation_has_its_own_gradient():
     x, weight = tensor(6, 4), tensor(4)
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
     torch.testing.assert_close(rms_norm(x, weight, 1e-3), functional.rms_norm(x, (4,), weight, 1e-3))
-    assert torch.autograd.gradcheck(swiglu, (tensor(6, 4), tensor(6, 4)))
     angle = torch.randn(6, 1, 2, dtype=torch.float64).repeat(1, 1, 2)
     assert torch.autograd.gradcheck(lambda x: rotate(x, angle.cos(), angle.sin()), (tensor(6, 3, 4),))
 
-    def two(x, w, b, down, up, v):
-        return project(x, (Projection(w, b, down, up, 0.7), Projection(v)))
+    four = [tensor(5, 4), tensor(5), tensor(2, 4), tensor(5, 2), tensor(3, 4)]
+    for how, kept in ((Given(), (x,)), (Normed(1e-3), (x, weight)), (Gated(), (x, tensor(6, 4)))):
 
-    assert torch.autograd.gradcheck(two, (x, tensor(5, 4), tensor(5), tensor(2, 4), tensor(5, 2), tensor(3, 4)))
+        def two(w, b, down, up, v, *kept, how=how):
+            return project((Projection(w, b, down, up, 0.7), Projection(v)), how, *kept)
+
+        assert torch.autograd.gradcheck(two, (*four, *kept))
+        with torch.no_grad():
+            torch.testing.assert_close(two(*four, *kept)[1], how.value(*kept) @ four[-1].T)
+    torch.testing.assert_close(Gated().value(x, x + 1), functional.silu(x) * (x + 1))
+
+
+@pytest.mark.parametrize(("how", "kept"), [(Normed(1e-3), [(7, 8), (8,)]), (Gated(), [(7, 8), (7, 8)])])
+def test_a_product_keeps_what_its_input_is_made_of_and_not_the_input(how, kept):
+    layer = Projection(torch.randn(5, 8), None, torch.randn(2, 8), torch.randn(5, 2))
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+        project([layer], how, *(torch.randn(shape, requires_grad=True) for shape in kept))
+    assert saved == [*kept, (5, 8), (2, 8), (5, 2), (7, 2)]
 
 
 def test_rows_of_a_cache_leave_the_original_as_it_is():
@@ -233,7 +247,7 @@ def test_packed_weights_are_made_anew_when_they_change_and_agree_in_bfloat16():
     x, packer = torch.randn(5, 64).bfloat16(), Packer()
     with torch.no_grad():
         for _ in range(2):
-            for got, want in zip(packer.pack("here", layers)(x), project(x, layers), strict=True):
+            for got, want in zip(packer.pack("here", layers)(x), project(layers, Given(), x), strict=True):
                 assert (got.float() - want.float()).abs().max() < 0.02 * want.float().abs().max()
             layers[0].weight.mul_(-3)
 

@@ -193,15 +193,14 @@ class _Attend(torch.autograd.Function):
         groups: Groups,
         sight: Sight,
     ) -> Tensor:
-        out = _attend(q, k_shared, k_own, v_shared, v_own, groups, sight)
-        ctx.save_for_backward(q, k_shared, k_own, v_shared, v_own, out)
+        ctx.save_for_backward(q, k_shared, k_own, v_shared, v_own)
         ctx.groups, ctx.sight = groups, sight
-        return out
+        return _attend(q, k_shared, k_own, v_shared, v_own, groups, sight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k_shared, k_own, v_shared, v_own, out = ctx.saved_tensors
+        q, k_shared, k_own, v_shared, v_own = ctx.saved_tensors
         groups, sight = ctx.groups, ctx.sight
         heads, rows, repeats, _, width = q.shape
         to_q = torch.empty_like(q)
@@ -212,14 +211,14 @@ class _Attend(torch.autograd.Function):
             seen = sight.seen(block, k_own.shape[2])
             hidden = sight.hidden(block, sight.shared + seen)
             weights = _weights(q[:, :, :, block], k_shared, k_own[:, :, :seen], groups, hidden)
-            flat = [x[:, :, :, block].reshape(heads, rows, -1, width) for x in (grad, out, q)]
-            slope = _products(flat[0], v_shared, v_own[:, :, :seen], groups)
-            slope = (slope - (flat[0] * flat[1]).sum(-1, keepdim=True)).mul_(weights)
+            its_grad, its_q = (x[:, :, :, block].reshape(heads, rows, -1, width) for x in (grad, q))
+            slope = _products(its_grad, v_shared, v_own[:, :, :seen], groups)
+            slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
             to_q[:, :, :, block] = _weighted(slope, k_shared, k_own[:, :, :seen], groups).view(
                 heads, rows, repeats, -1, width
             )
-            to_keys.add(slope, flat[2], groups)
-            to_values.add(weights, flat[0], groups)
+            to_keys.add(slope, its_q, groups)
+            to_values.add(weights, its_grad, groups)
         return to_q, to_keys.shared, to_keys.own, to_values.shared, to_values.own, None, None
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from tiltlm.lm.attention import Groups, Sight, attend
-from tiltlm.lm.operations import Projection, project, rms_norm, rotate, swiglu
+from tiltlm.lm.operations import Formed, Gated, Given, Normed, Projection, project, rms_norm, rotate
 from tiltlm.lm.packing import Packed, Packer, worth_packing
 from tiltlm.lm.shared_cache import Layer, SharedCache
 
@@ -261,15 +261,17 @@ class _Pass:
         self, hidden: Float[Tensor, "N D"], plan: LayerPlan, before: Layer | None
     ) -> tuple[Float[Tensor, "N D"], Layer]:
         """One layer, and what is to be remembered of it."""
-        seen, layer = self._attention(rms_norm(hidden, plan.norm, self.body.eps), plan, before)
-        hidden = hidden + _apply(plan.out, seen)[0]
-        inside = swiglu(*_apply(plan.gate_up, rms_norm(hidden, plan.mlp_norm, self.body.eps)))
-        return hidden + _apply(plan.down, inside)[0], layer
+        normed = Normed(self.body.eps)
+        parts = _apply(plan.qkv, normed, hidden, plan.norm)
+        seen, layer = self._attention([part.view(len(part), -1, self.body.width) for part in parts], plan, before)
+        hidden = hidden + _apply(plan.out, Given(), seen)[0]
+        gate_up = _apply(plan.gate_up, normed, hidden, plan.mlp_norm)
+        return hidden + _apply(plan.down, Gated(), *gate_up)[0], layer
 
     def _attention(
-        self, x: Float[Tensor, "N D"], plan: LayerPlan, layer: Layer | None
+        self, qkv: Sequence[Float[Tensor, "N H D"]], plan: LayerPlan, layer: Layer | None
     ) -> tuple[Float[Tensor, "N E"], Layer]:
-        q, k, v = (part.view(len(x), -1, self.body.width) for part in _apply(plan.qkv, x))
+        q, k, v = qkv
         if plan.head_norms is not None:
             q, k = (rms_norm(part, weight, self.body.eps) for part, weight in zip((q, k), plan.head_norms, strict=True))
         q, k = rotate(q, *self.turn_q), rotate(k, *self.turn_k)
@@ -283,8 +285,8 @@ class _Pass:
         return seen[0] if len(seen) == 1 else torch.cat(seen), layer
 
 
-def _apply(layers: Linears, x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N O"], ...]:
-    return layers(x) if isinstance(layers, Packed) else project(x, layers)
+def _apply(layers: Linears, how: Formed, *kept: Tensor) -> tuple[Float[Tensor, "N O"], ...]:
+    return layers(how.value(*kept)) if isinstance(layers, Packed) else project(layers, how, *kept)
 
 
 def _at(places: Tensor | None, x: Tensor) -> Tensor:
