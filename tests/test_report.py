@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from tiltlm.errors import InputError
+from tiltlm.report.betas import LABEL, _beside
 from tiltlm.report.card import model_card
 from tiltlm.report.folder import read_run
 from tiltlm.report.frontier import frontier_figure
@@ -312,6 +313,19 @@ def test_reward_against_length_is_drawn_where_lengths_differ(tmp_path, other):
     draws = {kind: [{"length": n, "reward": 0.1 * n} for n in (8, other)] for kind in ("prior", "policy")}
     figure = length_figure(read_run(write(tmp_path, hacking={"length": {}, "draws": draws, "heaviest": []})))
     assert (figure is None) == (other == 8)
+
+
+def test_a_label_stands_on_no_other_mark():
+    """Two dots close to each other, a ring above them and the prior below: in each of them one corner is taken."""
+    dots, others, right, tall = [(0.05, 0.243), (0.087, 0.258)], [(0.024, 0.263), (0.0, 0.215), (1.5, 0.57)], 1.68, 0.46
+    signs = {"left": -1, "right": 1, "bottom": -1, "top": 1}
+    spots = [
+        (x / right + LABEL[0] * signs[across], y / tall + LABEL[1] * signs[up])
+        for (x, y), (up, across) in zip(dots, map(str.split, _beside(dots, others, right)), strict=True)
+    ]
+    marks = [(x / right, y / tall) for x, y in (*dots, *others)]
+    gaps = [math.dist(a, b) for a in spots for b in (*marks, *spots) if a is not b]
+    assert min(gaps) > 0.045
 
 
 def write_uncertified(run):

@@ -29,7 +29,7 @@ def betas_figure(sweep: Json) -> go.Figure:
     for point in points:
         _lead(figure, point)
     _rings(figure, points)
-    _dots(figure, points, right)
+    _dots(figure, points, right, (0.0, plan["prior_reward"]["value"]))
     figure.update_xaxes(range=[-0.06 * right, right])  # the labels of the largest betas stand left of the prior
     return figure
 
@@ -38,7 +38,7 @@ def _reach(curve: Sequence[Json], points: Sequence[Json]) -> float:
     """The right end: all that was reached, and what is predicted of the betas as far as that can be trusted."""
     trusted = [p["kl"]["value"] for p in curve if p["reliable"]]
     asked = [p["predicted"]["kl"] for p in points if p["predicted"]["reliable"]]
-    reached = [p["kl"]["value"] for p in points]
+    reached = [p["kl"]["value"] + Z95 * p["kl"]["stderr"] for p in points]
     return 1.12 * max([*trusted, *asked, *reached, 1e-3])
 
 
@@ -61,9 +61,10 @@ def _rings(figure: go.Figure, points: Sequence[Json]) -> None:
     )
 
 
-def _dots(figure: go.Figure, points: Sequence[Json], right: float) -> None:
+def _dots(figure: go.Figure, points: Sequence[Json], right: float, prior: tuple[float, float]) -> None:
     bar = {"type": "data", "color": LIGHT["policy"], "thickness": 1.6, "width": 4}
     at = [(point["kl"]["value"], point["reward"]["value"]) for point in points]
+    rings = [(point["predicted"]["kl"], point["predicted"]["reward"]) for point in points]
     figure.add_scatter(
         x=[kl for kl, _ in at],
         y=[reward for _, reward in at],
@@ -72,7 +73,7 @@ def _dots(figure: go.Figure, points: Sequence[Json], right: float) -> None:
         mode="markers+text",
         marker={"size": 11, "color": LIGHT["policy"]},
         text=[f"  β {point['beta']:g}  " for point in points],
-        textposition=_beside(at, right),
+        textposition=_beside(at, [*rings, prior], right),
         textfont={"size": 12, "color": LIGHT["policy"]},
         name="the policy trained at β",
         legendrank=6,
@@ -86,18 +87,17 @@ LABEL = (0.04, 0.04)
 """How far a label's middle is from its dot, as shares of the picture."""
 
 
-def _beside(at: Sequence[tuple[float, float]], right: float) -> list[str]:
-    """For each dot the corner whose label is farthest from the other dots and from the labels before it."""
-    heights = [reward for _, reward in at]
-    tall = 2 * (max(heights) - min(heights)) or 1.0  # dots fill about half of the picture's height
-    dots = [(kl / right, reward / tall) for kl, reward in at]
+def _beside(at: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], right: float) -> list[str]:
+    """For each dot the corner whose label is farthest from the other dots, from `others`, and from the labels before it."""
+    heights = [reward for _, reward in (*at, *others)]
+    tall = 1.3 * (max(heights) - min(heights)) or 1.0  # all of them fill about three quarters of the picture's height
+    dots, taken = ([(kl / right, reward / tall) for kl, reward in some] for some in (at, others))
     chosen: list[str] = []
-    labels: list[tuple[float, float]] = []
     for own, (x, y) in enumerate(dots):
-        taken = [*(dot for other, dot in enumerate(dots) if other != own), *labels]
+        near = [*(dot for other, dot in enumerate(dots) if other != own), *taken]
         spots = {name: (x + a * LABEL[0], y + b * LABEL[1]) for name, (a, b) in CORNERS.items()}
-        room = {name: min((math.dist(spot, other) for other in taken), default=1.0) for name, spot in spots.items()}
+        room = {name: min((math.dist(spot, other) for other in near), default=1.0) for name, spot in spots.items()}
         best = max(room, key=lambda name: min(room[name], 0.1))
         chosen.append(best)
-        labels.append(spots[best])
+        taken.append(spots[best])
     return chosen
