@@ -113,8 +113,8 @@ def add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
             )
 
 
-def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float) -> None:
-    """Best of 2, 4, 8, … of the prior, as far as the picture goes."""
+def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float, *, named: bool = True) -> None:
+    """Best of 2, 4, 8, … of the prior, as far as the picture goes; the first is `named` where no legend says what they are."""
     points = [p for p in known if p["kl"] <= right]
     if not points:
         return
@@ -123,7 +123,7 @@ def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float) -> Non
         y=[p["reward"] for p in points],
         mode="markers+text",
         marker={"symbol": "diamond-open", "size": 9, "color": LIGHT["muted"], "line": {"width": 1.5}},
-        text=[f"best of {p['n']}" if p is points[0] else str(p["n"]) for p in points],
+        text=[f"best of {p['n']}" if named and p is points[0] else str(p["n"]) for p in points],
         textposition="bottom right",
         textfont={"size": 12, "color": LIGHT["muted"]},
         name="best of n",
