@@ -20,7 +20,7 @@ from tiltlm.inference.catalogue import decoding_engines, make_trainer
 from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.fit import fit
 from tiltlm.inference.monitor import Monitor
-from tiltlm.inference.source import Decoded, Given, Source
+from tiltlm.inference.source import Given, Source
 from tiltlm.lm.given import demonstrations
 from tiltlm.protocols import Sampler
 from tiltlm.records import Prompts, Weighted
@@ -288,8 +288,7 @@ def _policy(bench: Bench) -> Outcome:
 
 
 def _dpo(bench: Bench) -> Outcome:
-    teacher = within(decoding_engines()["importance"], bench.of.recipe.samples)
-    return bench.trained_and_judged("dpo", Decoded(teacher))
+    return bench.trained_and_judged("dpo")  # its own draws: it constrains nothing but what its pairs reach
 
 
 def _minimum_risk(bench: Bench) -> Outcome:
@@ -321,7 +320,7 @@ METHODS: Mapping[str, Callable[[Bench], Outcome]] = {
     "policy/smc": _corrected,
 }
 """The prior as it is, and its most probable completion; fine-tuning on the references; the best of n and SMC of the prior; the
-recipe's engine at the planned beta, and its most probable completion; DPO on pairs of posterior samples; and the policy corrected
+recipe's engine at the planned beta, and its most probable completion; DPO on pairs of its own draws; and the policy corrected
 by SMC."""
 
 BASELINES: Mapping[str, Callable[[Bench], Outcome]] = {
