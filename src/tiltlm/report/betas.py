@@ -24,7 +24,7 @@ def betas_figure(sweep: Json) -> go.Figure:
     curve = frontier_of(plan)
     right = _reach(curve, points)
     add_curve(figure, [origin(plan), *curve])
-    add_best_of_n(figure, plan["best_of_n"], right, named=False)
+    add_best_of_n(figure, plan["best_of_n"], right)
     add_prior(figure, plan["prior_reward"])
     for point in points:
         _lead(figure, point)

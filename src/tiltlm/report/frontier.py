@@ -113,8 +113,8 @@ def add_curve(figure: go.Figure, points: Sequence[Json]) -> None:
             )
 
 
-def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float, *, named: bool = True) -> None:
-    """Best of 2, 4, 8, … of the prior, as far as the picture goes; the first is `named` where no legend says what they are."""
+def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float) -> None:
+    """Best of 2, 4, 8, … of the prior, as far as the picture goes."""
     points = [p for p in known if p["kl"] <= right]
     if not points:
         return
@@ -123,12 +123,12 @@ def add_best_of_n(figure: go.Figure, known: Sequence[Json], right: float, *, nam
         y=[p["reward"] for p in points],
         mode="markers+text",
         marker={"symbol": "diamond-open", "size": 9, "color": LIGHT["muted"], "line": {"width": 1.5}},
-        text=[f"best of {p['n']}" if named and p is points[0] else str(p["n"]) for p in points],
+        text=[str(p["n"]) for p in points],
         textposition="bottom right",
         textfont={"size": 12, "color": LIGHT["muted"]},
         name="best of n",
         legendrank=4,
-        hovertemplate="<b>%{text}</b><br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
+        hovertemplate="<b>best of %{text}</b><br>reward %{y:.3f}<br>KL %{x:.2f} nats<extra></extra>",
     )
 
 

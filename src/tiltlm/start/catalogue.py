@@ -44,7 +44,7 @@ class Start:
     def quick(self) -> Start:
         """The same in half a minute on two cores, for a test that everything runs; its texts are worth little."""
         smaller = replace(self.size, width=96, heads=4, feedforward=256)
-        sooner = replace(self.schedule, steps=150, warmup=20, validate_every=50, batch_tokens=1024)
+        sooner = replace(self.schedule, steps=100, warmup=15, validate_every=50, batch_tokens=1024)
         return replace(self, size=smaller, schedule=sooner, vocabulary=min(self.vocabulary, 3000))
 
 
