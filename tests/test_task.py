@@ -123,6 +123,17 @@ class TestTable:
         (here / "rewards.py").write_text((here / "rewards.py").read_text() + "\n# another\n")
         assert "trained with other settings" in cli("task", own, *flags).err
 
+    def test_dpo_compares_its_own_draws(self, cli, own, monkeypatch):
+        """A few posterior samples of a prompt are mostly one text, so that their pairs say nothing."""
+        seen, train = [], methods.fit
+        monkeypatch.setattr(
+            methods, "fit", lambda *args, **rest: (seen.append((args[2], rest)), train(*args, **rest))[1]
+        )
+        assert cli("task", own, "--draws", 4, "--methods", "dpo").code == 0
+        [(engine, rest)] = seen
+        assert isinstance(engine, tl.DPO)
+        assert rest["source"] is None
+
     def test_a_method_may_have_its_own_keys(self, cli, refused, here, own):
         flags = ["--methods", "policy,dpo", "--draws", 4, "--json", "t.json"]
         assert cli("task", own, *flags).code == 0

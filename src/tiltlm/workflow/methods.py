@@ -184,9 +184,9 @@ class Bench:
         )
         return policy, time.perf_counter() - began
 
-    def trained_and_judged(self, engine: str, source: Source | None = None) -> Outcome:
-        """Such a policy's draws; the policy itself is not kept."""
-        policy, seconds = self.trained(engine, source)
+    def trained_and_judged(self, engine: str) -> Outcome:
+        """The draws of such a policy, which has learned from draws of its own; the policy itself is not kept."""
+        policy, seconds = self.trained(engine)
         found = self.judged(policy, seconds)
         policy.discard()
         return found
@@ -288,7 +288,7 @@ def _policy(bench: Bench) -> Outcome:
 
 
 def _dpo(bench: Bench) -> Outcome:
-    return bench.trained_and_judged("dpo")  # its own draws: it constrains nothing but what its pairs reach
+    return bench.trained_and_judged("dpo")  # pairs of its own draws: what no pair reaches is not held
 
 
 def _minimum_risk(bench: Bench) -> Outcome:
