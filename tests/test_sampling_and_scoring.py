@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiltlm as tl
-from tiltlm.lm.head import apply_law
+from tiltlm.lm.head import Head, apply_law
 from tiltlm.lm.load import load
-from tiltlm.lm.sample import pick
+from tiltlm.lm.sample import next_token, pick
 from tiltlm.protocols import Law
 from tiltlm.testing import fixture_b
 
@@ -144,6 +144,22 @@ def test_pick_never_takes_an_impossible_token():
     token, log_q = pick(logits, torch.tensor([0.0, 0.5, 1 - 1e-12], dtype=torch.float64))
     assert token.tolist() == [300] * 3
     assert log_q.tolist() == [0.0] * 3
+
+
+def test_logits_are_destroyed_only_where_they_are_ours(rng):
+    features, weight = torch.randn(5, 8, generator=rng), torch.randn(700, 8, generator=rng)
+    logits, uniform, law = features @ weight.T, torch.rand(5, generator=rng, dtype=torch.float64), Law(4)
+    kept = logits.clone()
+    found = [
+        pick(logits, uniform),
+        pick(logits.clone(), uniform, overwrite=True),
+        next_token(logits, Head(), law, uniform),
+        next_token(features, Head(weight), law, uniform),
+    ]
+    assert torch.equal(logits, kept)
+    for token, log_q in found:
+        assert torch.equal(token, found[0][0])
+        torch.testing.assert_close(log_q, kept.log_softmax(-1).gather(-1, token[:, None])[:, 0])
 
 
 def test_draws_of_a_tabular_model_follow_its_law(rng):

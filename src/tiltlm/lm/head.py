@@ -22,7 +22,7 @@ from tiltlm.protocols import Law
 
 CHUNK_BYTES = 32 * 2**20
 """What the logits of one product may take, in single precision."""
-CACHED_BYTES = 4 * 2**20
+CACHED_BYTES = 2 * 2**20
 """Logits that a CPU's cache holds: what is done to them entry by entry is done to so many at a time."""
 
 

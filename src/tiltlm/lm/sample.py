@@ -34,15 +34,20 @@ class Sampled:
     log_q: Float[Tensor, "B T"]
 
 
-def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+def pick(
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], *, overwrite: bool = False
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
     """Invert the distribution function of softmax(logits) at `uniform`; returns tokens and log-probabilities.
 
     Sums over blocks of the vocabulary first and looks inside one block only, so that the vocabulary is
     passed over once. Sums are in double precision.
+
+    Args:
+        overwrite: the logits may be destroyed, so that no second tensor of their size has to go through the cache.
     """
     n, vocabulary = logits.shape
     peak = logits.amax(-1, keepdim=True)
-    weight = (logits - peak).exp_()
+    weight = (logits.sub_(peak) if overwrite else logits - peak).exp_()
     size = min(BLOCK, vocabulary)
     short = -vocabulary % size
     if short:
@@ -60,8 +65,8 @@ def pick(logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> tuple[In
     # Rounding at the very end of a block can point at a token of no mass; take the likeliest one instead.
     impossible = weight[rows, token] <= 0
     if impossible.any():
-        token = torch.where(impossible, logits.argmax(-1), token)
-    log_q = logits[rows, token] - peak.squeeze(-1) - total.log().to(logits.dtype)
+        token = torch.where(impossible, weight.argmax(-1), token)
+    log_q = weight[rows, token].log() - total.log().to(logits.dtype)
     return token, log_q
 
 
@@ -70,7 +75,10 @@ def next_token(
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
     """Tokens drawn at `uniform` from the law that the features predict, and their log-probabilities."""
     product = head.product(features)
-    parts = [pick(apply_law(head.finish(product[rows]), law), uniform[rows]) for rows in cached(product)]
+    ours = head.weight is not None  # else the logits are the features, which the caller has
+    parts = [
+        pick(apply_law(head.finish(product[rows]), law), uniform[rows], overwrite=ours) for rows in cached(product)
+    ]
     tokens, log_q = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(log_q)
 
