@@ -24,7 +24,7 @@ def task_figure(table: Json) -> go.Figure:
     plain = canvas(HEAD + ROW * len(systems), "").layout.to_plotly_json()
     axes = {name: plain.pop(name) for name in ("xaxis", "yaxis")}
     figure.update_layout(plain, margin_t=40, width=180 + 150 * len(names))
-    figure.update_xaxes(axes["xaxis"])
+    figure.update_xaxes(axes["xaxis"], nticks=4, tickangle=0)  # narrow panels: more numbers would be turned to fit
     figure.update_yaxes(axes["yaxis"])
     for place, metric in enumerate(names, 1):
         for system in table["systems"]:
