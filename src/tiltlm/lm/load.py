@@ -48,6 +48,8 @@ EMBEDDED_ENCODERS = {
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 GENERATORS = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText)
+BLOCKS, BLOCK = 64, 2**16
+"""What of a file tells it apart: so many blocks of so many bytes."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -255,11 +257,20 @@ def quieten() -> None:
     logging.disable_progress_bar()
 
 
+def fingerprint(file: Path) -> str:
+    """Tells files apart by their sizes and by blocks from all over them; a copy, such as another environment's, is the same file."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for number in range(BLOCKS):
+            stream.seek(max(0, size - BLOCK) * number // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK))
+    return digest.hexdigest()[:12]
+
+
 def _converted(file: Path, name: str) -> Path:
     """Dense bfloat16 weights of a GGUF file, converted on first use and then taken from the cache."""
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.name}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{name}-{key}"
+    folder = cache_folder() / f"{name}-{fingerprint(file)}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
