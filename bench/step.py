@@ -7,6 +7,7 @@ python bench/step.py --quick --sides TiltLM       # does our side run
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,8 @@ JUDGE = 5.0
 """Seconds that the slow reward takes for a batch."""
 EXAMPLES = 12
 """Lines that stand before every prompt of one case; some hundred tokens."""
+PASS = 2048
+"""Completion tokens in a pass with gradient, where that is more than the default: time for memory."""
 
 
 def case(engine: str, prompts: int, group: int, tokens: int, steps: int, rounds: int) -> Case:
@@ -29,6 +32,13 @@ def case(engine: str, prompts: int, group: int, tokens: int, steps: int, rounds:
     size = ("--prompts", str(prompts), "--group", str(group), "--tokens", str(tokens))
     name = f"{engine}-{prompts}x{group}x{tokens}"
     return Case(name, SMOLLM2, SIDES, ("--engine", engine, *size, "--steps", str(steps)), rounds)
+
+
+def large(steps: int, rounds: int) -> Case:
+    """Eight times the tokens: does memory stay, and what do longer passes bring?"""
+    longer = Side(f"{OURS}, {PASS:,} a pass", "step_tiltlm.py", flags=("--micro-tokens", str(PASS)))
+    one = case("rloo", 4, 32, 64, steps, rounds)
+    return replace(one, sides=(*one.sides, longer))
 
 
 def judged(steps: int, rounds: int) -> Case:
@@ -66,7 +76,7 @@ def tiny(steps: int, rounds: int) -> Case:
 SMALL, LARGE = "rloo-4x8x32", "rloo-4x32x64"
 CASES = (
     case("rloo", 4, 8, 32, steps=2, rounds=2),
-    case("rloo", 4, 32, 64, steps=1, rounds=1),
+    large(steps=1, rounds=1),
     case("grpo", 4, 8, 32, steps=1, rounds=1),
     examples(steps=3, rounds=2),
     judged(steps=3, rounds=1),

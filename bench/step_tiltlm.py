@@ -46,6 +46,8 @@ class Stopwatch(Monitor):
 def main() -> None:
     parser = step_parser(__doc__)
     parser.add_argument("--ahead", action="store_true", help="rewards beside the update and the next draws")
+    default = tl.Training().micro_tokens
+    parser.add_argument("--micro-tokens", type=int, default=default, help="completion tokens in a pass with gradient")
     arguments = parser.parse_args()
     set_threads(arguments)
     reward = CountedReward(reward_of(arguments.model), arguments.judge_seconds)
@@ -62,7 +64,12 @@ def main() -> None:
             source=tl.Ahead() if arguments.ahead else None,
             lora=lora,
             monitor=stopwatch,
-            settings=tl.Training(steps=arguments.warmup + arguments.steps, batch=arguments.prompts, lr=LR),
+            settings=tl.Training(
+                steps=arguments.warmup + arguments.steps,
+                batch=arguments.prompts,
+                lr=LR,
+                micro_tokens=arguments.micro_tokens,
+            ),
         )
         found = step_facts(began, stopwatch.marks, reward, phases_of(stopwatch.metrics), arguments.warmup)
         trained = list(policy.named_parameters().values())
