@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import tiltlm as tl
@@ -174,6 +174,125 @@ def test_gradients_survive_a_look_at_the_prior(setting):
     score(prior, draws)
     forward.log_q.sum().backward()
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in policy.named_parameters().values())
+
+
+def test_switching_freezes_nothing(setting, monkeypatch):
+    """A reward in another thread may switch in the middle of a backward pass, which drops what weights without gradient get."""
+    _, prior, draws = setting
+    policy = prior.policy(lora=tl.LoRA(2))
+    changed = []
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", lambda tensor, wanted=True: changed.append(wanted))
+    for view in (prior, policy, prior, policy):
+        score(view, draws)
+    assert not changed
+    assert all(value.requires_grad for value in policy.named_parameters().values())
+
+
+def test_only_what_is_trained_takes_gradients(setting, saved_adapter):
+    lm, prior, _ = setting
+    frozen = lm.prior(max_new_tokens=8, adapter=saved_adapter)
+    policy = prior.policy(lora=tl.LoRA(2))
+    other = frozen.policy()
+    trained = {id(value) for view in (policy, other) for value in view.named_parameters().values()}
+    assert {id(value) for value in prior.body.model.parameters() if value.requires_grad} == trained
+    other.discard()
+    assert {id(v) for v in prior.body.model.parameters() if v.requires_grad} == {
+        id(v) for v in policy.named_parameters().values()
+    }
+
+
+def test_a_model_in_memory_is_loaded_once(setting):
+    """Its second load would not know which adapter the first has left on."""
+    _, prior, _ = setting
+    prior.policy()
+    with pytest.raises(tl.InputError, match="holds adapters already"):
+        load(prior.body.model, make_tokenizer())
+    model = make_model("llama")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(tl.InputError, match="holds adapters already, of an earlier load or of add_adapter"):
+        load(model, make_tokenizer())
+
+
+def test_a_folder_in_the_home_is_the_same_folder(saved_adapter, tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), saved_adapter).save_pretrained(
+        tmp_path / "adapter"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tl.load("~/adapter").adapter is not None
+
+
+def theirs(**changes):
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (theirs(bias="all"), "trains the base's biases too"),
+        (theirs(init_lora_weights="pissa"), "taken a part of the base's weights into itself .*'pissa'"),
+        (theirs(init_lora_weights="olora"), "taken a part of the base's weights"),
+        (theirs(modules_to_save=["norm"]), r"more than low-rank updates \(modules_to_save\)"),
+        (theirs(trainable_token_indices=[5]), r"more than low-rank updates \(trainable_token_indices\)"),
+        (LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), "is of type LOHA"),
+    ],
+    ids=["bias", "pissa", "olora", "modules", "tokens", "loha"],
+)
+def test_an_adapter_that_changes_more_than_itself_is_refused(setting, tmp_path, config, reason):
+    """In memory as in a folder: switched off, it would not leave the base."""
+    peft = get_peft_model(make_model("qwen"), config)
+    peft.save_pretrained(tmp_path)
+    with pytest.raises(tl.InputError, match=f"the model's adapter 'default' .*{reason}.*merge_and_unload"):
+        load(peft, make_tokenizer())
+    with pytest.raises(tl.InputError, match=f"the adapter in .*{reason}.*merge_and_unload"):
+        load(make_model("qwen"), make_tokenizer()).prior(adapter=tmp_path)
+
+
+def test_an_adapter_that_is_merged_is_refused():
+    peft = get_peft_model(make_model("llama"), theirs())
+    peft.merge_adapter()
+    with pytest.raises(tl.InputError, match="merged into its base; call its unmerge_adapter"):
+        load(peft, make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "more", [{"target_modules": ["q_proj", "embed_tokens"]}, {"use_dora": True}, {"lora_bias": True}]
+)
+def test_every_part_of_a_low_rank_adapter_counts(more, rng, tmp_path):
+    """Embeddings, magnitudes and biases are continued, trained and saved like the rest."""
+    peft = get_peft_model(make_model("qwen"), theirs(**more))
+    torch.manual_seed(3)
+    for value in peft.parameters():
+        if value.requires_grad:
+            value.data += 0.3 * torch.randn_like(value)
+    prior = load(peft, make_tokenizer()).prior(max_new_tokens=8)
+    draws = prior.draw(prior.encode(PROMPTS), 6, rng)
+    policy = prior.policy()
+    torch.testing.assert_close(score(policy, draws), draws.log_q, rtol=0, atol=1e-4)
+    shake(policy)
+    policy.save(tmp_path)
+    again = load(make_model("qwen"), make_tokenizer()).prior(max_new_tokens=8, adapter=tmp_path)
+    assert (score(policy, draws) - draws.log_q).abs().max() > 0.01
+    torch.testing.assert_close(score(again, draws), score(policy, draws), rtol=0, atol=1e-4)
+
+
+def test_values_are_of_the_features_that_there_are(setting):
+    """With an adapter on the output layer the features are logits; a policy whose values are of hidden states says so."""
+    _, prior, draws = setting
+    needs = frozenset({"log_q", "values"})
+    earlier = prior.policy(lora=tl.LoRA(2), values=True)
+    assert earlier.forward(draws, needs).values is not None
+    later = prior.policy(lora=tl.LoRA(2, targets=("lm_head",)), values=True)
+    assert later.forward(draws, needs).values is not None
+    with pytest.raises(tl.InputError, match="adapter on the output layer"):
+        earlier.forward(draws, needs)
+
+
+def test_a_critic_takes_no_adapter_on_the_output_layer(setting):
+    _, prior, _ = setting
+    with pytest.raises(tl.InputError, match="the critic's adapter is on the output layer"):
+        prior.critic(lora=tl.LoRA(2, targets=("lm_head",)))
 
 
 def test_two_models_never_pass_for_one(rng):

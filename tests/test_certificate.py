@@ -10,7 +10,9 @@ import torch
 import tiltlm as tl
 from tiltlm.diagnostics.certificate import acceptance, prompt_bounds, upper_terms
 from tiltlm.inference.decoding.rejection import Rejection
+from tiltlm.inference.decoding.smc import SMC
 from tiltlm.posterior import exact as ex
+from tiltlm.records import Estimate
 from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
 from tiltlm.weights import group_count
@@ -153,10 +155,13 @@ def test_acceptance_is_that_of_rejection(world):
 def test_a_single_exact_sample_is_enough_for_an_upper_bound():
     log_w = torch.tensor([0.1, 0.4, -0.2, 0.0], dtype=torch.float64)
     one = torch.tensor([0.3], dtype=torch.float64)
-    bounds = prompt_bounds(log_w, one, pooled_variance=0.01)
-    assert 0 <= bounds.low < bounds.high
+    bounds = prompt_bounds(log_w, one, pooled=Estimate(0.0, 0.1, 1, df=3))
+    assert bounds.high is not None
+    assert 0 <= bounds.low.value < bounds.high.value
     assert math.isfinite(bounds.interval.high)
-    assert prompt_bounds(log_w, one, pooled_variance=None).high == math.inf, "its error is not known"
+    unknown = prompt_bounds(log_w, one, pooled=None)
+    assert unknown.high is None, "its error is not known"
+    assert unknown.interval.high == math.inf
 
 
 def test_prior_draws_of_another_temperature_are_taken_at_the_targets(world, rng):
@@ -177,6 +182,44 @@ def test_the_prior_is_certified_too(world, exacts):
     truth = sum(ex.kl(e.log_prior, e.log_posterior) for e in exacts) / 4
     assert truth in found.kl_posterior
     assert "KL(q||p*)" in str(found)
+
+
+def test_the_error_of_log_z_is_that_of_the_mean_weight():
+    """A rare success, drawn from the prior: ELBO and gap move together, so that their errors do not add up like independent ones."""
+    world = language(
+        lambda p, h: [math.log(9), 0.0], lambda x: float(x[0]), beta=0.5, bounds=(0.0, 1.0), vocab_size=2, depth=1
+    )
+    log_z = math.log(0.9 + 0.1 * math.exp(2))
+    found = [
+        tl.certify(world.prior, world.target, world.prompts, samples=256, seed=seed).log_z_lower
+        for seed in range(REPETITIONS)
+    ]
+    assert sum(abs(z.value - log_z) <= z.margin for z in found) >= GATE * REPETITIONS
+    values = torch.tensor([z.value for z in found])
+    assert found[0].stderr == pytest.approx(float(values.std()), rel=0.2)
+
+
+@pytest.mark.parametrize("engine", [None, SMC(particles=64, repeats=4)], ids=["own draws", "SMC"])
+def test_completions_without_a_reward_are_none_of_the_samplers(engine):
+    """The sampler that is certified is the one given a reward, and Z adds up completions with one, whoever bounds it."""
+    world = fixture_a()
+
+    def judge(completion_ids):
+        return [None if x[0] == 0 else math.cos(sum(i * t for i, t in enumerate(x, 1))) for x in completion_ids]
+
+    target = world.prior * tl.Reward(judge, beta=0.5, bounds=(-1.0, 1.0), on_error="drop")
+    exact = ex.posterior(target, world.prompts)
+    kept = exact.log_prior.logsumexp(0)
+    truth, repetitions, covered = ex.kl(exact.log_prior - kept, exact.log_posterior), 30, torch.zeros(2)
+    for seed in range(repetitions):
+        found = tl.certify(world.prior, target, world.prompts, samples=300, engine=engine, seed=seed)
+        low, high = found.log_z_lower, found.log_z_upper
+        assert high is not None
+        covered[0] += truth in found.kl_posterior
+        covered[1] += low.value - low.margin <= exact.log_z <= high.value + high.margin
+        assert found.elbo.value == pytest.approx(found.reward.value / 0.5 - found.kl_prior.value)
+        assert found.kl_prior.value == pytest.approx(-float(kept), abs=0.3)
+    assert (covered >= 0.95 * repetitions - 3 * math.sqrt(repetitions * 0.05 * 0.95)).all()
 
 
 def test_collapse_shows(world):

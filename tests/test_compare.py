@@ -1,6 +1,7 @@
 """Engines by name, and engines side by side."""
 
 import json
+import math
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -11,13 +12,17 @@ import torch
 import tiltlm as tl
 from tiltlm.inference.catalogue import decoding_engines, make_engine, name_of, summary_of, training_engines
 from tiltlm.inference.compare import Contender, compare
+from tiltlm.inference.decoding.best_of_n import BestOfN
 from tiltlm.inference.decoding.budget import cost, within
+from tiltlm.inference.decoding.importance import Importance
+from tiltlm.inference.decoding.mcmc import MCMC
 from tiltlm.inference.source import Decoded, Pool, Replay
 from tiltlm.inference.training.paths.var_grad import VarGrad
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
 from tiltlm.posterior import exact as ex
 from tiltlm.report.comparison import distance_figure, write_comparison
-from tiltlm.testing import fixture_b, small_language
+from tiltlm.testing import fixture_b, language, small_language
+from tiltlm.testing.fixtures import sine_logit
 from tiltlm.workflow.contest import contenders_of
 
 SETTINGS = tl.Training(lr=0.05, batch=1, seed=3)
@@ -147,6 +152,56 @@ class TestCompare:
         assert ex.kl(exact.log_posterior, exact.log_prior) in prior.from_posterior
         assert prior.from_posterior.width < 0.3
         assert prior.reward.value == pytest.approx(exact.mean_reward(exact.log_prior), abs=5 * prior.reward.stderr)
+
+    def test_the_forward_kls_interval_covers(self, monkeypatch):
+        """A few exact samples a prompt, unequally many: the errors of both means are in it."""
+        monkeypatch.setattr("tiltlm.inference.compare.LISTED", 1)
+        world = language(
+            lambda p, h: [sine_logit(h, a, shift=p[0]) for a in range(3)],
+            lambda x: math.cos(sum(i * t for i, t in enumerate(x, 1))) + 0.5 * (x[-1] == 2),
+            beta=0.3,
+            bounds=(-1.0, 1.5),
+            prompts=["0", "1", "2"],
+        )
+        exacts = [ex.posterior(world.target, world.prompts, p) for p in range(3)]
+        truth, inside, repetitions = sum(ex.kl(e.log_posterior, e.log_prior) for e in exacts) / 3, 0, 60
+        for seed in range(repetitions):
+            found = compare(
+                world.target,
+                world.prompts,
+                {"prior": Contender()},
+                samples=1,
+                evaluation=16,
+                settings=tl.Training(seed=seed),
+            )
+            assert found.results[0].from_posterior is not None
+            inside += truth in found.results[0].from_posterior
+        assert inside >= 0.95 * repetitions - 3 * math.sqrt(repetitions * 0.05 * 0.95)
+
+    def test_one_pick_has_no_error_and_chains_have_theirs(self):
+        """Of a prompt from which one completion was picked nothing tells the error; states of a chain are not independent."""
+        world = fixture_b()
+        contenders = {
+            "best": Contender(BestOfN(8)),
+            "chains": Contender(MCMC(chains=8, steps=8, warmup=4)),
+            "importance": Contender(Importance(32)),
+        }
+        errors = dict.fromkeys(contenders, 0.0)
+        values: dict[str, list[float]] = {name: [] for name in contenders}
+        repetitions = 30
+        for seed in range(repetitions):
+            settings = tl.Training(seed=seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="the chains of")
+                found = compare(
+                    world.target, world.prompts, contenders, samples=None, seconds=1.0, evaluation=2, settings=settings
+                )
+            for result in found.results:
+                values[result.name].append(result.reward.value)
+                errors[result.name] += result.reward.stderr / repetitions
+        assert math.isnan(errors["best"])
+        for name in ("chains", "importance"):
+            assert errors[name] == pytest.approx(float(torch.tensor(values[name]).std()), rel=0.35)
 
     def test_by_seconds(self):
         world = small_language()

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import tiltlm as tl
-from tiltlm.diagnostics.frontier import PriorSample, best_of_n
+from tiltlm.diagnostics.frontier import PriorSample, _floored, best_of_n
 from tiltlm.diagnostics.tilt import tilt, tilt_jackknife
 from tiltlm.posterior import exact as ex
+from tiltlm.records import Interval
 from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
 
@@ -102,6 +104,112 @@ def test_the_jackknife_takes_out_most_of_the_bias(exacts):
     plain = torch.stack([tilt(exact.reward[r], beta).kl for r in rows]).mean() - truth
     jackknifed = torch.stack([tilt_jackknife(exact.reward[r], beta).kl for r in rows]).mean() - truth
     assert abs(jackknifed) < 0.4 * abs(plain)
+
+
+def test_each_draw_is_left_out_also_where_one_has_all_the_weight():
+    """At the smallest beta the success has e^-1000 of a chance: relative to it the others' weights are 0, among themselves equal."""
+    reward = torch.zeros(64, dtype=torch.float64)
+    reward[7] = 1.0
+    for beta in (1.0, 0.01, 0.001):
+        at = torch.tensor([beta], dtype=torch.float64)
+        found = tilt_jackknife(reward, at)
+        without = [tilt(torch.cat([reward[:i], reward[i + 1 :]]), at) for i in range(64)]
+        for field in ("reward", "kl"):
+            rows = torch.cat([getattr(w, field) for w in without])
+            full = getattr(tilt(reward, at), field)
+            assert_close(getattr(found, field), 64 * full - 63 * rows.mean(), rtol=1e-9, atol=1e-12)
+            assert_close(
+                getattr(found, f"{field}_stderr"),
+                (63 / 64 * (rows - rows.mean()).square().sum()).sqrt()[None],
+                rtol=1e-9,
+                atol=1e-12,
+            )
+
+
+def rare_success(successes, draws=1024):
+    """A reward of 1 for one token in a thousand, and draws of which so many have it."""
+    world = language(
+        lambda p, h: [math.log(0.4985), math.log(0.4985), math.log(0.003)],
+        lambda x: float(x[0] == 2),
+        beta=0.1,
+        bounds=(0.0, 1.0),
+        depth=1,
+    )
+    scored = world.target.score(world.prior.draw(world.prompts, draws, torch.Generator().manual_seed(0)))
+    hit = torch.arange(draws) < successes
+    return world, replace(scored, log_evidence=torch.where(hit, 1 / world.target.beta, 0.0).double())
+
+
+def test_a_budget_is_met_where_one_draw_of_a_thousand_succeeds():
+    world, scored = rare_success(1)
+    plan = tl.plan(world.target, world.prompts, scored=scored, kl_budget=1.0)
+    assert plan.chosen.kl.value == pytest.approx(1.0, abs=0.2)
+    assert 1.0 in plan.chosen.kl
+    low = tl.plan(world.target, world.prompts, scored=scored, beta=0.001)
+    assert "nan" not in str(low)
+    assert low.chosen.kl.value > 5
+    assert math.log(1 / 0.003) in low.chosen.kl
+    assert not low.chosen.reliable
+
+
+def test_a_budget_is_found_where_the_correction_falls_again(monkeypatch, world):
+    """The largest beta that meets it, though the curve ends below."""
+    scored = world.target.score(world.prior.draw(world.prompts, 16, torch.Generator().manual_seed(0)))
+    bent = torch.cat([torch.linspace(0, 3, 300), torch.linspace(3, 0.5, 100)]).double()[None]
+    monkeypatch.setattr(PriorSample, "unbiased", lambda self, betas, field: bent)
+    found = tl.plan(world.target, world.prompts, scored=scored, kl_budget=2.0)
+    spread = PriorSample.of(scored, world.target.beta).spread
+    betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
+    assert found.chosen.beta == pytest.approx(float(betas[200]), rel=0.05)
+    with pytest.raises(tl.InputError, match="goes from 0 to 3 nats"):
+        tl.plan(world.target, world.prompts, scored=scored, kl_budget=3.5)
+
+
+def test_a_kl_that_is_not_known_is_not_shown_as_none():
+    unknown = _floored(Interval(math.nan, math.nan, math.nan))
+    assert all(math.isnan(end) for end in (unknown.value, unknown.low, unknown.high))
+    assert _floored(Interval(-0.2, -0.3, -0.1)) == Interval(0.0, 0.0, 0.0)
+    assert _floored(Interval(0.1, -0.3, math.inf)) == Interval(0.1, 0.0, math.inf)
+
+
+def test_a_prediction_needs_two_draws_a_prompt(world):
+    for samples in (1, 0):
+        with pytest.raises(tl.InputError, match=f"samples is {samples}; .* so draw at least 2"):
+            tl.plan(world.target, world.prompts, samples=samples)
+    scored = world.target.score(world.prior.draw(world.prompts, 3, torch.Generator().manual_seed(0)))
+    single = scored.select((scored.draws.prompt_index != 4) | (torch.arange(len(scored)) % 3 == 0))
+    found = tl.plan(world.target, world.prompts, scored=single)
+    assert len(found.per_prompt) == len(world.prompts) - 1
+    assert "1 prompts had fewer than two draws" in found.notes[0]
+    with pytest.raises(tl.InputError, match="for no prompt two of them; draw more samples"):
+        tl.plan(world.target, world.prompts, scored=scored.select(torch.arange(0, len(scored), 3)))
+
+
+def test_of_two_draws_the_error_of_the_kl_is_not_known(world):
+    """Each one alone is its own posterior, with a KL of 0: they agree, and that says nothing."""
+    plan = tl.plan(world.target, world.prompts.select([5]), samples=2)
+    assert (plan.chosen.kl.low, plan.chosen.kl.high) == (0.0, math.inf)
+    assert plan.chosen.kl.value > 0
+    assert math.isfinite(plan.chosen.reward.high)
+
+
+def test_a_verifiable_reward_has_no_tail_to_speak_of():
+    """Neither a warning nor a claim: null in JSON, whether there are too few different weights or only one."""
+    for successes in (2, 400):
+        world, scored = rare_success(successes)
+        plan = tl.plan(world.target, world.prompts, scored=scored)
+        for point in (plan.chosen, plan.per_prompt[0]):
+            assert not point.pareto_k > 0.7
+            assert point.as_dict()["pareto_k"] is None
+
+
+def test_best_of_n_is_unbiased_however_few_draws(exacts):
+    """32 draws, the best of 16. By drawing with replacement it was 0.034 short, 16 standard errors."""
+    exact, rng = exacts[3], torch.Generator().manual_seed(7)
+    rows = torch.multinomial(exact.log_prior.exp(), 32 * 3000, True, generator=rng).view(3000, 32)
+    found = torch.tensor([best_of_n(exact.reward[row], 16)[0] for row in rows], dtype=torch.float64)
+    truth = float(ex.best_of_n_law(exact, 16) @ exact.reward)
+    assert abs(float(found.mean()) - truth) < 4 * float(found.std()) / math.sqrt(3000)
 
 
 def test_best_of_n_points_agree_with_the_exact_law():

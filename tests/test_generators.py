@@ -85,6 +85,19 @@ class TestDraws:
         for ids, keep, ended in zip(draws.tokens, draws.mask, draws.ended, strict=True):
             assert_complete(prior, ids[keep].tolist(), bool(ended))
 
+    @pytest.mark.parametrize("fault", [{}, {"deaf": True}, {"most": 3}], ids=str)
+    def test_a_special_token_goes_as_an_id_that_ends(self, folder, rng, fault):
+        with Serving(folder, **fault) as server:
+            prior = prior_at(server, folder, stop=("<s>", "o"), max_new_tokens=10)
+            draws = prior.draw_weighted(prior.encode(PROMPTS), 64, rng)
+            body = server.calls("/v1/completions")[0]
+        assert (body["stop"], body["stop_token_ids"]) == (["o"], [1, 0])
+        assert tl.Mismatch.of(draws).largest < 1e-3
+        last = {int(ids[keep][-1]) for ids, keep in zip(draws.tokens, draws.mask, strict=True)}
+        assert {0, 1} <= last
+        for ids, keep, ended in zip(draws.tokens, draws.mask, draws.ended, strict=True):
+            assert_complete(prior, ids[keep].tolist(), bool(ended))
+
     def test_the_same_seed_draws_the_same(self, server, folder):
         prior = prior_at(server, folder)
         prompts = prior.encode(PROMPTS)
@@ -194,13 +207,15 @@ class TestWeights:
 
     def test_all_weights_go_in_place_and_the_priors_come_back(self, folder, rng, tmp_path):
         with Serving(folder) as server:
+            (tmp_path / "base").mkdir()  # somebody's own
             prior = prior_at(server, folder, root=tmp_path)
             policy = move(prior.policy(lora=None), 0.05)
             prompts = prior.encode(PROMPTS)
             for view in (policy, policy, prior, policy):
                 assert tl.Mismatch.of(view.draw_weighted(prompts, 4, rng)).largest < 1e-3
             assert len(server.calls("/collective_rpc")) == len(server.calls("/reset_prefix_cache")) == 3
-            assert len(list(tmp_path.iterdir())) == 1
+            assert (tmp_path / "base").is_dir()
+            assert len(list(tmp_path.iterdir())) == 2
 
     def test_a_prior_with_an_adapter_of_its_own(self, server, folder, rng, tmp_path):
         move(tl.load(folder).prior().policy(lora=tl.LoRA(4)), 0.1).save(tmp_path / "adapter")

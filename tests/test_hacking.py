@@ -14,9 +14,9 @@ import tiltlm as tl
 from conftest import make_model, make_tokenizer
 from tiltlm.diagnostics.alarm import LEVEL, look, planned_tests, window_lengths
 from tiltlm.diagnostics.frontier import PriorSample
-from tiltlm.diagnostics.gold import gold_frontier
+from tiltlm.diagnostics.gold import _best_of_n, gold_frontier
 from tiltlm.diagnostics.overoptimisation import curve, fit_overoptimisation
-from tiltlm.diagnostics.tilt import best_of_n_mean, best_of_n_shares, tilt_jackknife, tilt_mean
+from tiltlm.diagnostics.tilt import best_of_n_kl, best_of_n_mean, best_of_n_shares, tilt_jackknife, tilt_mean
 from tiltlm.evidence.gold import as_gold, gold_values
 from tiltlm.inference.watch import Watch, batch_stderr
 from tiltlm.lm.load import load
@@ -226,6 +226,20 @@ class TestPrediction:
         assert torch.allclose(found.mean_stderr, known.reward_stderr, atol=1e-12)
         assert (found.slope > 0).all()
 
+    @pytest.mark.parametrize("beta", [1.0, 0.01, 1e-4])
+    def test_leaving_out_the_draw_that_has_all_the_weight_leaves_the_others(self, beta):
+        """At 1e-4 the next best has e^-5000 of the best one's weight; the others still have a mean among themselves."""
+        reward = torch.tensor([0.0, 0.1, 1.0, 0.5, 0.4], dtype=torch.float64)
+        gold = torch.tensor([3.0, 1.0, -2.0, 4.0, 0.0], dtype=torch.float64)
+        found = tilt_mean(reward, gold, torch.tensor([beta], dtype=torch.float64))
+        kept = [torch.arange(5) != left_out for left_out in range(5)]
+        without = torch.stack([(reward[k] / beta).softmax(0) @ gold[k] for k in kept])
+        full = (reward / beta).softmax(0) @ gold
+        assert float(found.mean) == pytest.approx(float(5 * full - 4 * without.mean()), abs=1e-9)
+        assert float(found.mean_stderr) == pytest.approx(
+            math.sqrt(4 / 5 * float((without - without.mean()).square().sum()))
+        )
+
     def test_intervals_cover_the_exact_gold_and_the_peak(self, world, exacts, record_property):
         truth = {b: sum(gold_at(e, g, b) for e, g in exacts) / len(exacts) for b in BETAS}
         grid = np.geomspace(0.2, 10, 400)
@@ -260,11 +274,64 @@ class TestPrediction:
             [0.3, -1.0, 0.3, 2.0, -torch.inf], dtype=torch.float64
         )  # with a tie and an impossible draw
         shares = torch.zeros(5, dtype=torch.float64)
+        for chosen in itertools.combinations(range(5), n):
+            best = max(float(reward[i]) for i in chosen)
+            at_top = [i for i in range(5) if float(reward[i]) == best]
+            shares[at_top] += 1 / math.comb(5, n) / len(at_top)
+        assert torch.allclose(best_of_n_shares(reward, n), shares, atol=1e-15)
+
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_the_kl_of_best_of_n_by_listing_every_choice(self, n):
+        reward = torch.tensor([0.3, -1.0, 0.3, 2.0, -torch.inf], dtype=torch.float64)
+        chance = torch.zeros(5, dtype=torch.float64)
         for chosen in itertools.product(range(5), repeat=n):
             best = max(float(reward[i]) for i in chosen)
             at_top = [i for i in range(5) if float(reward[i]) == best]
-            shares[at_top] += 1 / 5**n / len(at_top)
-        assert torch.allclose(best_of_n_shares(reward, n), shares, atol=1e-15)
+            chance[at_top] += 1 / 5**n / len(at_top)
+        assert best_of_n_kl(reward, n) == pytest.approx(float((chance * (5 * chance).log()).sum()))
+
+    def test_best_of_n_needs_n_draws(self):
+        reward = torch.arange(4.0, dtype=torch.float64)
+        assert best_of_n_shares(reward, 4).tolist() == [0, 0, 0, 1]
+        with pytest.raises(tl.InputError, match="n is 5, but the best of n is taken of 4 draws; draw at least n"):
+            best_of_n_shares(reward, 5)
+
+    @pytest.mark.parametrize("reward", ["different", "tied", "constant", "constrained"])
+    @pytest.mark.parametrize("n", [1, 2, 6, 11])
+    def test_the_error_of_best_of_n_by_leaving_out_each_draw(self, reward, n):
+        rng = torch.Generator().manual_seed(3)
+        values = torch.randn(12, dtype=torch.float64, generator=rng)
+        reward = {
+            "different": torch.randn(12, dtype=torch.float64, generator=rng),
+            "tied": torch.randint(3, (12,), generator=rng).double(),
+            "constant": torch.ones(12, dtype=torch.float64),
+            "constrained": torch.tensor([-torch.inf] * 4 + [0.0] * 5 + [1.0] * 2 + [2.0], dtype=torch.float64),
+        }[reward]
+        mean, stderr = best_of_n_mean(reward, values, n)
+        kept = [torch.arange(12) != left_out for left_out in range(12)]
+        without = torch.stack([best_of_n_shares(reward[k], n) @ values[k] for k in kept])
+        assert mean == pytest.approx(float(best_of_n_shares(reward, n) @ values), abs=1e-12)
+        assert mean == pytest.approx(float(without.mean()), abs=1e-12)  # unbiased at any number of draws
+        assert stderr == pytest.approx(math.sqrt(11 / 12 * float((without - without.mean()).square().sum())), abs=1e-12)
+
+    def test_the_interval_of_best_of_n_covers_however_many_prompts(self, record_property):
+        """Exponential rewards, whose best of n has the mean 1 + 1/2 + ... + 1/n; drawn with replacement it had 33% to 56%."""
+        rng, runs = torch.Generator().manual_seed(4), 60
+        for n in (16, 32):
+            truth, hits = sum(1 / i for i in range(1, n + 1)), 0
+            for _ in range(runs):
+                rows = -torch.rand(64, 64, dtype=torch.float64, generator=rng).log()
+                hits += truth in _best_of_n([(row, row) for row in rows], n).gold
+            record_property(f"coverage_gold of best of {n} by 64 draws of 64 prompts", hits / runs)
+            assert hits / runs >= 0.88
+
+    def test_the_interval_of_one_prompts_best_of_n_covers(self, record_property):
+        """Its degrees of freedom are those of the few draws that can be the best; with 63 it covers 79%."""
+        rng, runs, truth = torch.Generator().manual_seed(5), 400, sum(1 / i for i in range(1, 33))
+        rows = -torch.rand(runs, 64, dtype=torch.float64, generator=rng).log()
+        hits = sum(truth in _best_of_n([(row, row)], 32).gold for row in rows)
+        record_property("coverage_gold of best of 32 by 64 draws of a single prompt", hits / runs)
+        assert hits / runs >= 0.88
 
     def test_best_of_ns_gold_and_its_error(self):
         """Of uniform draws whose gold is the reward: n / (n + 1), and the scatter over samples is the standard error."""
@@ -274,7 +341,8 @@ class TestPrediction:
         assert float(means.mean()) == pytest.approx(0.8, abs=0.005)
         assert float(errors.mean()) == pytest.approx(float(means.std()), rel=0.15)
         few = torch.rand(8, dtype=torch.float64, generator=rng)
-        assert math.isnan(best_of_n_mean(few, few, 2)[1])
+        assert best_of_n_mean(few, few, 2)[1] > 0
+        assert math.isnan(best_of_n_mean(few, few, 8)[1])
 
     def test_best_of_n_stands_beside_the_optimum(self, world, exacts):
         found = tl.plan(world.target, world.prompts, samples=256, gold=gold_of)

@@ -1,12 +1,14 @@
 """Log-weight arithmetic against the plain formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tiltlm import weights
-from tiltlm.records import Interval
+from tiltlm.records import Estimate, Interval, Weighted
+from tiltlm.testing import small_language
 
 INDEX = torch.tensor([0, 1, 0, 1, 1, 3])
 LOG_W = torch.tensor([0.3, -1.0, 2.0, 0.5, 900.0, -4.0], dtype=torch.float64)
@@ -73,12 +75,86 @@ def test_pareto_k_finds_the_tail(shape):
     assert found == pytest.approx(shape, abs=0.08)
 
 
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_pareto_k_finds_the_tail_of_weights_in_steps(shape):
+    """Rewards of a tenth of a nat each: many weights tie with the threshold, and are not above it."""
+    u = torch.rand(20, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_w = (10 * (((1 - u) ** -shape - 1) / shape).log()).round() / 10
+    assert all(len(row.unique()) < 200 for row in log_w)
+    found = sum(weights.pareto_k(row) for row in log_w) / 20
+    assert found == pytest.approx(shape, abs=0.08)
+
+
 def test_pareto_k_of_few_or_constant_weights():
     assert math.isnan(weights.pareto_k(torch.zeros(10)))
     assert weights.pareto_k(torch.zeros(100)) == -math.inf
+
+
+@pytest.mark.parametrize("n", [64, 256, 1024])
+@pytest.mark.parametrize("noise", [0.0, 1e-4])
+def test_pareto_k_of_a_verifiable_reward_says_nothing(n, noise):
+    """Two different weights have no shape, even where rounding makes more; as many equal ones as the tail has bound it."""
+    tail = int(min(n / 5, 3 * math.sqrt(n)))
+    rounding = noise * torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for successes in (1, 2, 3, 5, tail - 1, tail, 2 * tail):
+        for log_w in (0.01, 1.0, 30.0):
+            row = rounding + log_w * (torch.arange(n) < successes)
+            found = weights.pareto_k(row)
+            assert found == -math.inf if successes >= tail else math.isnan(found), (successes, log_w)
+
+
+def test_pareto_k_still_warns_of_a_heavy_tail():
+    """Where one draw has nearly all the weight, the others are e^-100 of it and yet no ties."""
+    log_w = 100 * torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert weights.pareto_k(log_w) > 5
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
+def test_the_best_of_subsets_by_counting_them(count):
+    for n in range(1, count + 3):
+        possible = math.comb(count, n)
+        expected = [math.comb(k, n - 1) / possible if possible else 0.0 for k in range(count)]
+        assert weights.best_of_subsets(count, n).tolist() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+def test_the_best_of_subsets_of_many_draws_sums_to_one():
+    assert float(weights.best_of_subsets(4000, 2000).sum()) == pytest.approx(1, abs=1e-12)
 
 
 def test_an_interval_without_upper_end_is_null_in_json():
     interval = Interval(0.5, 0.1, math.inf)
     assert 3.0 in interval
     assert interval.as_dict()["high"] is None
+
+
+def test_weighted_means_by_hand(rng):
+    """Over rows, and over the runs that they come from; one run, or one row with all the weight, tells no error."""
+    world = small_language()
+    scored = world.target.score(world.prior.draw(world.prompts, 4, rng))
+    log_w, values = torch.tensor([1.0, 1.0, 2.0, 0.0]).log(), torch.tensor([0.0, 1.0, 2.0, 5.0])
+    rows = Weighted(scored, log_w)
+    (mean,) = weights.weighted_means(rows, values, 1)
+    assert mean is not None
+    assert mean.value == pytest.approx(1.25)
+    parts = [0.25 * -1.25, 0.25 * -0.25, 0.5 * 0.75]
+    assert mean.stderr == pytest.approx(math.sqrt(sum(p * p for p in parts) * 3 / 2))
+    (of_runs,) = weights.weighted_means(replace(rows, run=torch.tensor([7, 3, 7, 3])), values, 1)
+    assert of_runs is not None
+    assert of_runs.stderr == pytest.approx(math.sqrt(2 * ((parts[0] + parts[2]) ** 2 + parts[1] ** 2)))
+    (of_one,) = weights.weighted_means(replace(rows, run=torch.zeros(4, dtype=torch.long)), values, 1)
+    assert of_one is not None
+    assert math.isnan(of_one.stderr)
+    assert weights.weighted_means(replace(rows, log_w=log_w - math.inf), values, 1) == (None,)
+
+
+def test_estimates_add_up_with_their_degrees_of_freedom():
+    """Welch's own case: two variances of which one is known well."""
+    few, many = Estimate(1.0, 0.3, 4, df=3), Estimate(2.0, 0.1, 100, df=99)
+    total = few.plus(many)
+    assert (total.value, total.stderr) == pytest.approx((3.0, math.sqrt(0.1)))
+    assert total.df == pytest.approx(0.1**2 / (0.09**2 / 3 + 0.01**2 / 99))
+    assert few.less(many).value == -1.0
+    assert few.margin == pytest.approx(0.3 * 3.18245, rel=1e-5)
+    assert Estimate(0.0, 1.0, 9).margin == pytest.approx(1.959964)
+    mean = Estimate.mean([few, few])
+    assert (mean.stderr, mean.df, mean.n) == pytest.approx((0.3 / math.sqrt(2), 6, 8))

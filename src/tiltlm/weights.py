@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.records import Estimate
+from tiltlm.records import Estimate, Weighted
 
 
 def group_sum(values: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:
@@ -113,25 +113,52 @@ def _inverse(weights: Float[Tensor, "P N"], points: Float[Tensor, "P M"]) -> Int
     return torch.minimum(torch.searchsorted(cumulative, scaled.contiguous(), right=True), last)
 
 
+def best_of_subsets(count: int, n: int) -> Float[Tensor, " count"]:
+    """The share of the subsets of `n` among `count` draws whose best is the draw with k worse ones, k = 0, 1, …, count - 1.
+
+    C(k, n - 1) / C(count, n), without replacement: values weighed by it are a U-statistic (Hoeffding 1948), the mean over all
+    subsets, and unbiased for the best of n at any count >= n. Zero throughout where n > count.
+    """
+    if n > count:
+        return torch.zeros(count, dtype=torch.float64)
+    size = torch.arange(count, 0, -1, dtype=torch.float64)
+    # The share within the m worst is C(m, n) / C(count, n): its ratios are (m - n) / m, and the m-th worst has n / m of it.
+    within = torch.cat([torch.ones(1, dtype=torch.float64), ((size - n) / size).clamp(min=0).cumprod(0)])[:count]
+    return (within * n / size).flip(0)
+
+
+TIE = 1e-3
+"""Log-weights closer than this are equal: scored again in single precision, a text of 32 tokens is off by 3e-4 (SmolLM2-135M)."""
+LEVELS = 5
+"""Different weights that a tail's shape is fitted to, at least."""
+
+
 def pareto_k(log_w: Float[Tensor, " N"]) -> float:
     """Shape of a generalised Pareto fitted to the largest weights (Vehtari et al. 2024, PSIS).
 
     Below 0.7 an importance-sampling mean from these weights can be trusted; above, its error shrinks so
     slowly that more samples of the same kind do not help. Fitted by Zhang & Stephens (2009) to the largest
-    min(N/5, 3 sqrt N) weights, with the weakly informative prior of PSIS. NaN for fewer than 25 weights;
-    -inf where the tail is constant.
+    min(N/5, 3 sqrt N) weights, with the weakly informative prior of PSIS.
+
+    Rewards of few values make few weights. Those that tie with the threshold are not above it, and are left out of the fit. NaN
+    for fewer than 25 weights, or fewer than five different ones above the threshold: nothing can be said of the tail. -inf where
+    the tail is constant: the largest weight was seen often. Neither says that there are draws enough; the ESS does.
     """
-    finite = log_w[log_w > -torch.inf].double()
-    n = len(finite)
+    ordered = log_w[log_w > -torch.inf].double().sort().values
+    n = len(ordered)
     tail = int(min(n / 5, 3 * math.sqrt(n)))
     if tail < 5:
         return math.nan
-    ordered = finite.sort().values
-    ordered = (ordered - ordered[-1]).exp()
-    excess = ordered[-tail:] - ordered[-tail - 1]
-    if excess[-1] <= 1e-12:
+    if ordered[-1] <= ordered[-tail] + TIE:
         return -math.inf
-    excess = excess.clamp(min=1e-300)
+    threshold = ordered[-tail - 1]
+    above = ordered[ordered > threshold + TIE]
+    if _levels(above, LEVELS) < LEVELS:
+        return math.nan
+    if len(above) < tail:  # as grouped data are: what ties with the threshold reaches half way to the next level
+        threshold = (threshold + above[0]) / 2
+    excess = ((above - above[-1]).exp() - (threshold - above[-1]).exp()).clamp(min=1e-300)  # e^-745 is 0
+    tail = len(excess)
     points = 30 + int(math.sqrt(tail))
     quartile = excess[int(tail / 4 + 0.5) - 1]
     grid = torch.arange(1, points + 1, dtype=torch.float64)
@@ -143,17 +170,56 @@ def pareto_k(log_w: Float[Tensor, " N"]) -> float:
     return float((k * tail + 0.5 * 10) / (tail + 10))
 
 
-def log_mean_weight(log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> tuple[Estimate, ...]:
+def _levels(ordered: Float[Tensor, " N"], most: int) -> int:
+    """How many log-weights are different, of an ascending row; counted up to `most`."""
+    count = at = 0
+    while at < len(ordered) and count < most:
+        at = int(torch.searchsorted(ordered, ordered[at] + TIE, right=True))
+        count += 1
+    return count
+
+
+def log_mean_weight(
+    log_w: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int, drawn: int | None = None
+) -> tuple[Estimate, ...]:
     """log of each prompt's mean weight: by Jensen's inequality a lower bound of log Z in expectation.
 
     The standard error is the delta method's, sd(w) / (mean(w) sqrt n).
+
+    Args:
+        drawn: completions drawn of each prompt, if some have no row here because nobody could judge them: their weight is 0.
     """
     log_w = log_w.double()
-    count = group_count(index, groups)
+    rows = group_count(index, groups)
+    count = rows if drawn is None else torch.full_like(rows, drawn)
     value = group_logsumexp(log_w, index, groups) - count.log()
     relative = (group_logsumexp(2 * log_w, index, groups) - count.log() - 2 * value).exp() - 1  # var(w) / mean(w)^2
     stderr = (relative.clamp(min=0) / (count - 1).clamp(min=1)).sqrt()
     stderr = torch.where(count > 1, stderr, torch.nan)
     return tuple(
-        Estimate(v, s, n, "lower") for v, s, n in zip(value.tolist(), stderr.tolist(), count.tolist(), strict=True)
+        Estimate(v, s, n, "lower", max(1, n - 1))
+        for v, s, n in zip(value.tolist(), stderr.tolist(), count.tolist(), strict=True)
     )
+
+
+def weighted_means(weighted: Weighted, values: Float[Tensor, " B"], groups: int) -> tuple[Estimate | None, ...]:
+    """Mean of each prompt's rows under their weights; None for a prompt without weight.
+
+    The standard error is the delta method's for a ratio of means, over rows, or over the runs that rows come from; NaN where all
+    weight is in one.
+    """
+    index = weighted.scored.draws.prompt_index
+    share = normalise(weighted.log_w.double(), index, groups)
+    found: list[Estimate | None] = []
+    for prompt in range(groups):
+        rows = ((index == prompt) & (share > 0)).nonzero().flatten()
+        if not len(rows):
+            found.append(None)
+            continue
+        mean = float(share[rows] @ values[rows].double())
+        of = torch.arange(len(rows)) if weighted.run is None else weighted.run[rows].unique(return_inverse=True)[1]
+        parts = group_sum(share[rows] * (values[rows].double() - mean), of, int(of.max()) + 1)
+        n = len(parts)
+        stderr = math.sqrt(float(parts.square().sum()) * n / (n - 1)) if n > 1 else math.nan
+        found.append(Estimate(mean, stderr, len(rows), df=max(1, n - 1)))
+    return tuple(found)

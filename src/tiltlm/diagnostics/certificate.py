@@ -18,11 +18,12 @@ from torch import Generator, Tensor
 
 from tiltlm.diagnostics.degeneracy import Diversity, cut_short, diversity
 from tiltlm.diagnostics.evidence_bounds import (
-    Z95,
     Bounds,
     LogZBounds,
+    kl_interval,
     log_z_bounds,
     mean_stderr,
+    pooled_spread,
     prompt_bounds,
     upper_terms,
     with_log_z,
@@ -107,13 +108,14 @@ class Certificate:
 
     def __str__(self) -> str:
         upper = "none" if self.log_z_upper is None else str(self.log_z_upper)
+        tail = f"{self.pareto_k:.2f}" if math.isfinite(self.pareto_k) else "none"
         lines = [
             f"KL(q||p*)   {self.kl_posterior} nats at 95%, mean over {len(self.per_prompt)} prompts",
             f"E r         {self.reward}",
             f"KL(q||pi0)  {self.kl_prior} nats",
             f"ELBO        {self.elbo}",
             f"log Z       {self.log_z_lower} and {upper}",
-            f"ESS         {self.ess:.1f} of {self.samples}, Pareto-k {self.pareto_k:.2f}, exact samples {self.exact_samples}",
+            f"ESS         {self.ess:.1f} of {self.samples}, Pareto-k {tail}, exact samples {self.exact_samples}",
             f"diversity   entropy {self.diversity.entropy:.1f} nats, distinct-2 {self.diversity.distinct_2:.2f}, "
             f"unique {self.diversity.unique:.0%}, truncated {self.diversity.truncated:.0%}, length {self.diversity.length:.1f}",
         ]
@@ -164,7 +166,7 @@ def certify(
         prior_draws: draws of the prior for the same prompts that are there already (those of `plan`), at any beta; the ones
             that rejection accepts are exact posterior samples for nothing.
         exact_budget: most further prior draws for each prompt that has fewer than two exact samples.
-        engine: bounds log Z by its runs instead of by the sampler's draws: `engine.repeats` free ones a prompt (at least 2), and
+        engine: bounds log Z by its runs instead of by the sampler's draws: `engine.repeats` free ones a prompt (at least 4), and
             as many given an exact sample, all with the sampler as proposal. With a good twist they bound log Z more closely,
             and hold where the sampler's own weights are too heavy-tailed; but the ELBO's error, which the sampler's own bounds
             share and so cancel, then counts in full: give more samples.
@@ -179,7 +181,7 @@ def certify(
     if (group_count(scored.draws.prompt_index, len(encoded)) < 2).any():
         raise InputError("some prompt has fewer than 2 completions with a reward; raise samples, or mend the reward")
     exact, notes = exact_samples(target, encoded, prior_draws, exact_budget, rng)
-    kl_prior = _kl_to_prior(sampler, target, scored)
+    kl_prior = _kl_to_prior(sampler, target, scored, samples)
     log_w_exact = None
     if exact is not None and len(exact):
         log_w_exact = exact.log_target - sampler.log_prob(exact.draws).sum(-1)
@@ -202,7 +204,7 @@ def mean_gold(gold: Gold, scored: Scored) -> Estimate:
     if not judged.any():
         raise InputError("gold judged none of the completions; mend it, or leave it out")
     used, index = scored.draws.prompt_index[judged].unique(return_inverse=True)
-    return _group_estimate(values[judged], index, len(used), int(judged.sum()) // len(used))
+    return _group_estimate(values[judged], index, len(used))
 
 
 def exact_samples(
@@ -269,13 +271,23 @@ def _among(scored: Scored, prompts: Prompts, index: Sequence[int]) -> Scored:
     return replace(scored, draws=scored.draws.among(prompts, index))
 
 
-def _kl_to_prior(sampler: Any, target: Target, scored: Scored) -> Float[Tensor, " B"]:
-    """An unbiased KL(q || pi0) from each draw: exact per token where the sampler can tell, else log q - log pi0."""
-    if sampler is target.prior:
+def log_share(scored: Scored, samples: int) -> Float[Tensor, " P"]:
+    """log of the share of each prompt's `samples` draws that have a reward.
+
+    The others are no completions of the posterior, nor of the sampler as it is certified, whose log-probabilities are those of
+    the draws less this.
+    """
+    return (group_count(scored.draws.prompt_index, len(scored.draws.prompts)) / samples).double().log()
+
+
+def _kl_to_prior(sampler: Any, target: Target, scored: Scored, samples: int) -> Float[Tensor, " B"]:
+    """An unbiased KL(q || pi0) from each draw: exact per token where the sampler can tell and all its draws count, else log q - log pi0."""
+    if sampler is target.prior and not scored.dropped:
         return torch.zeros(len(scored), dtype=torch.float64)
-    if hasattr(sampler, "token_kl"):
+    if hasattr(sampler, "token_kl") and not scored.dropped:
         return sampler.token_kl(scored.draws).double().sum(-1)
-    return (scored.draws.log_q - scored.log_prior).double().sum(-1)
+    log_ratio = (scored.draws.log_q - scored.log_prior).double().sum(-1)
+    return log_ratio - log_share(scored, samples)[scored.draws.prompt_index]
 
 
 def _assemble(
@@ -295,9 +307,8 @@ def _assemble(
     exact_index = exact.draws.prompt_index if exact is not None else torch.zeros(0, dtype=torch.long)
     posterior = log_w_exact.double() if log_w_exact is not None else torch.zeros(0, dtype=torch.float64)
     exact_groups = [posterior[exact_index == p] for p in range(len(prompts))]
-    spreads = [float(upper_terms(a, b).var()) for a, b in zip(groups, exact_groups, strict=True) if len(b) > 1]
-    pooled = sum(spreads) / len(spreads) if spreads else None
-    bounds = [prompt_bounds(a, b, pooled) for a, b in zip(groups, exact_groups, strict=True)]
+    pooled = pooled_spread([upper_terms(a, b) for a, b in zip(groups, exact_groups, strict=True)])
+    bounds = [prompt_bounds(a, b, pooled, samples) for a, b in zip(groups, exact_groups, strict=True)]
     if by_engine is not None:
         bounds = [with_log_z(*three) for three in zip(bounds, by_engine.lower, by_engine.upper, strict=True)]
     texts = [shown(t) for t in prompts.texts]
@@ -305,26 +316,18 @@ def _assemble(
         PromptCertificate(texts[p], float(reward[index == p].mean()), float(kl_prior[index == p].mean()), bounds[p])
         for p in range(len(prompts))
     )
-    elbo = _mean([b.elbo.value for b in bounds], [b.elbo.stderr for b in bounds], samples)
-    low = _mean([b.low for b in bounds], [b.low_stderr for b in bounds], samples)
-    complete = all(math.isfinite(b.log_z_high) for b in bounds)
-    if exact is not None and not complete and not notes:
+    log_z_high, high = (_mean_of_all([getattr(b, name) for b in bounds]) for name in ("log_z_high", "high"))
+    if exact is not None and high is None and not notes:
         notes = ["no upper bound: one exact posterior sample in all has no error to go by; raise exact_budget."]
-    high = _mean([b.high for b in bounds], [b.high_stderr for b in bounds], samples) if complete else None
-    interval = Interval(
-        value=max(0.0, (low.value + high.value) / 2 if high else low.value),
-        low=_end(low.value, -Z95 * low.stderr),
-        high=_end(high.value, Z95 * high.stderr) if high else math.inf,
-    )
     return Certificate(
         beta=target.beta,
         samples=samples,
-        reward=_group_estimate(reward, index, len(prompts), samples),
-        kl_prior=_group_estimate(kl_prior, index, len(prompts), samples),
-        elbo=elbo,
-        log_z_lower=by_engine.mean_lower if by_engine else _log_z([b.log_z_low for b in bounds], elbo, low, "lower"),
-        log_z_upper=_upper(by_engine, bounds, elbo, high),
-        kl_posterior=interval,
+        reward=_group_estimate(reward, index, len(prompts)),
+        kl_prior=_group_estimate(kl_prior, index, len(prompts)),
+        elbo=Estimate.mean([b.elbo for b in bounds]),
+        log_z_lower=Estimate.mean([b.log_z_low for b in bounds]),
+        log_z_upper=log_z_high,
+        kl_posterior=kl_interval(Estimate.mean([b.low for b in bounds]), high),
         ess=sum(b.ess for b in bounds) / len(bounds),
         pareto_k=float(torch.tensor([pareto_k(g) for g in groups]).nanmedian()),
         exact_samples=sum(b.exact for b in bounds),
@@ -335,32 +338,15 @@ def _assemble(
     )
 
 
-def _mean(values: list[float], stderrs: list[float], samples: int) -> Estimate:
-    """Mean over prompts of independent estimates."""
-    count = len(values)
-    return Estimate(sum(values) / count, math.sqrt(sum(s * s for s in stderrs)) / count, samples * count)
+def _mean_of_all(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Mean over prompts, where there is one for every prompt."""
+    found = [estimate for estimate in estimates if estimate is not None]
+    return Estimate.mean(found) if len(found) == len(estimates) else None
 
 
-def _end(kl: float, margin: float) -> float:
-    """The end of a KL's interval: not negative, and an infinite KL has no error."""
-    return math.inf if kl == math.inf else max(0.0, kl + margin)
-
-
-def _log_z(values: list[float], elbo: Estimate, gap: Estimate, kind: Any) -> Estimate:
-    return Estimate(sum(values) / len(values), math.hypot(elbo.stderr, gap.stderr), gap.n, kind)
-
-
-def _upper(
-    by_engine: LogZBounds | None, bounds: list[Bounds], elbo: Estimate, high: Estimate | None
-) -> Estimate | None:
-    if by_engine is not None:
-        return by_engine.mean_upper
-    return _log_z([b.log_z_high for b in bounds], elbo, high, "upper") if high else None
-
-
-def _group_estimate(values: Float[Tensor, " B"], index: Tensor, prompts: int, samples: int) -> Estimate:
+def _group_estimate(values: Float[Tensor, " B"], index: Tensor, prompts: int) -> Estimate:
     groups = [values[index == p] for p in range(prompts)]
-    return _mean([float(g.mean()) for g in groups], [mean_stderr(g) for g in groups], samples)
+    return Estimate.mean([Estimate(float(g.mean()), mean_stderr(g), len(g), df=len(g) - 1) for g in groups])
 
 
 def _cautions(scored: Scored) -> list[str]:

@@ -8,6 +8,7 @@ product of mean weights of a run of SMC. From above: the same estimate with an e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,10 +21,8 @@ from tiltlm.protocols import Sampler
 from tiltlm.records import Estimate, Interval, Prompts, Scored
 from tiltlm.target import Target
 
-Z95 = 1.959964
-"""Standard normal quantile of a 95% interval."""
-RUNS = 2
-"""Runs of an engine that are enough: with one, the error of its bound cannot be told."""
+RUNS = 4
+"""Runs of an engine that are enough: with fewer, the error of its bound can hardly be told."""
 
 
 @dataclass(frozen=True)
@@ -32,66 +31,75 @@ class Bounds:
 
     Attributes:
         elbo: mean log-weight of q's draws.
-        log_z_low, log_z_high: bounds of log Z in expectation; high is inf without exact samples.
+        log_z_low, log_z_high: bounds of log Z in expectation; the upper one is None without exact samples.
         low, high: bounds of KL(q || p*) in expectation: those of log Z less the ELBO. Both are inf where q has drawn what the
             posterior rules out, for then the KL is.
-        low_stderr, high_stderr: their standard errors; in that case, those of the bounds of log Z.
         ess: effective sample size of q's draws as posterior samples.
-        exact: exact posterior samples behind `high`.
+        exact: exact posterior samples behind the upper bounds.
     """
 
     elbo: Estimate
-    log_z_low: float
-    log_z_high: float
-    low: float
-    low_stderr: float
-    high: float
-    high_stderr: float
+    log_z_low: Estimate
+    log_z_high: Estimate | None
+    low: Estimate
+    high: Estimate | None
     ess: float
     exact: int
 
     @property
     def interval(self) -> Interval:
-        """KL(q || p*) at 95%; an infinite one has no error."""
-        if self.low == math.inf:
-            return Interval(math.inf, math.inf, math.inf)
-        high = self.high + Z95 * self.high_stderr if math.isfinite(self.high) else math.inf
-        value = (self.low + self.high) / 2 if math.isfinite(self.high) else self.low
-        return Interval(max(0.0, value), max(0.0, self.low - Z95 * self.low_stderr), high)
+        """KL(q || p*) at 95%."""
+        return kl_interval(self.low, self.high)
+
+
+def kl_interval(low: Estimate, high: Estimate | None) -> Interval:
+    """A KL at 95% from its bounds in expectation: not negative; an infinite one has no error."""
+    if low.value == math.inf:
+        return Interval(math.inf, math.inf, math.inf)
+    value = low.value if high is None else (low.value + high.value) / 2
+    top = math.inf if high is None else max(0.0, high.value + high.margin)
+    return Interval(max(0.0, value), max(0.0, low.value - low.margin), top)
 
 
 def prompt_bounds(
-    log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"], pooled_variance: float | None
+    log_w: Float[Tensor, " N"],
+    log_w_exact: Float[Tensor, " M"],
+    pooled: Estimate | None,
+    drawn: int | None = None,
 ) -> Bounds:
-    """Bounds of KL(q || p*) for one prompt.
+    """Bounds of log Z and of KL(q || p*) for one prompt.
 
-    Lower: log mean w - mean log w over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
-    sample, averaged over the M of them. Standard errors by the influence of a single draw, w / mean(w) - log w.
+    Lower: log mean w, and less mean log w, over q's draws. Upper: the same with one of the N draws replaced by an exact posterior
+    sample, averaged over the M of them. Standard errors by the influence of a single draw, w / mean(w) and w / mean(w) - log w.
 
     Args:
         log_w: log-weights of q's draws.
         log_w_exact: log-weights of exact posterior samples; may be empty.
-        pooled_variance: of the upper bound's terms between exact samples, used where M = 1; without it a single exact sample
-            has no error to go by, and there is no upper side.
+        pooled: how the upper bound's terms differ between exact samples (`pooled_spread`), used where M = 1; without it a
+            single exact sample has no error to go by, and there is no upper side.
+        drawn: completions that were drawn, if some of them had no reward and are not among the N: q is then what it is of
+            completions with a reward, and Z, to which the others add nothing, is N / drawn of what the N say.
     """
-    n, m = len(log_w), len(log_w_exact)
+    n = len(log_w)
+    drawn = drawn or n
     possible = bool((log_w > -torch.inf).all())
     peak = torch.cat([log_w, log_w_exact]).max().nan_to_num(neginf=0.0)
     w = (log_w - peak).exp()
-    elbo = Estimate(float(log_w.mean()), mean_stderr(log_w), n)
-    log_mean = float(w.mean().log() + peak)
-    # with a draw that the posterior rules out, the ELBO is -inf for certain, and only log Z has an error
-    influence = w / w.mean() - (log_w if possible else 0.0)
-    stderr = float(influence.std()) / math.sqrt(n)
-    log_z_high, high_stderr = math.inf, math.nan
-    if m > 1 or (m == 1 and pooled_variance is not None):
-        terms = upper_terms(log_w, log_w_exact)
-        variance = float(terms.var()) if m > 1 else float(pooled_variance or 0.0)
-        log_z_high = float(terms.mean())
-        high_stderr = math.sqrt(stderr**2 + variance / m)
-    low, high = (log_mean - elbo.value, log_z_high - elbo.value) if possible else (math.inf, math.inf)
+    relative = w / w.mean()
+    share = Estimate(math.log(n / drawn), math.sqrt((drawn - n) / (drawn * n)), n)
+    elbo = Estimate(float(log_w.mean()), mean_stderr(log_w), n, df=n - 1)
+    log_z = Estimate(float(w.mean().log() + peak), mean_stderr(relative), n, "lower", n - 1)
+    # with a draw that the posterior rules out, the ELBO is -inf for certain, and so the gap is inf
+    gap = Estimate(math.inf, 0.0, n, "lower")
+    if possible:
+        gap = Estimate(log_z.value - elbo.value, mean_stderr(relative - log_w), n, "lower", n - 1)
+    terms = of_samples(upper_terms(log_w, log_w_exact), pooled)
+    log_z_high = high = None
+    if terms is not None:
+        log_z_high = terms.plus(replace(log_z, value=0.0)).plus(share)
+        high = terms.plus(replace(gap, value=-elbo.value))
     ess = float((w.sum().square() / w.square().sum()).nan_to_num(nan=0.0))
-    return Bounds(elbo, log_mean, log_z_high, low, stderr, high, high_stderr, ess, m)
+    return Bounds(elbo.plus(share), log_z.plus(share), log_z_high, gap, high, ess, len(log_w_exact))
 
 
 def upper_terms(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -99,6 +107,29 @@ def upper_terms(log_w: Float[Tensor, " N"], log_w_exact: Float[Tensor, " M"]) ->
     n = len(log_w)
     others = log_w.logsumexp(0) + math.log((n - 1) / n)
     return torch.logaddexp(log_w_exact, others) - math.log(n)
+
+
+def pooled_spread(groups: Sequence[Float[Tensor, " M"]]) -> Estimate | None:
+    """0, with the standard error of a single term as the prompts with several tell it; None if there is no such prompt."""
+    several = [group for group in groups if len(group) > 1]
+    if not several:
+        return None
+    variance = sum(float(group.var()) for group in several) / len(several)
+    return Estimate(0.0, math.sqrt(variance), 1, df=sum(len(group) - 1 for group in several))
+
+
+def of_samples(terms: Float[Tensor, " M"], pooled: Estimate | None, each: int = 1) -> Estimate | None:
+    """An upper bound from one term for each exact sample; None where there is no sample, or a single one without an error to go by.
+
+    Args:
+        each: draws behind a term.
+    """
+    m = len(terms)
+    if m == 0 or (m == 1 and pooled is None):
+        return None
+    if m == 1 and pooled is not None:
+        return replace(pooled, value=float(terms), n=each, kind="upper")
+    return Estimate(float(terms.mean()), mean_stderr(terms), m * each, "upper", m - 1)
 
 
 def mean_stderr(values: Float[Tensor, " N"]) -> float:
@@ -122,17 +153,6 @@ class LogZBounds:
     lower: tuple[Estimate, ...]
     upper: tuple[Estimate | None, ...]
 
-    @property
-    def mean_lower(self) -> Estimate:
-        """Of the mean over prompts."""
-        return _mean(self.lower)
-
-    @property
-    def mean_upper(self) -> Estimate | None:
-        """Of the mean over prompts; None unless every prompt has an upper bound."""
-        found = [estimate for estimate in self.upper if estimate is not None]
-        return _mean(found) if len(found) == len(self.upper) else None
-
 
 def log_z_bounds(
     target: Target,
@@ -143,7 +163,7 @@ def log_z_bounds(
     *,
     proposal: Sampler | None = None,
 ) -> LogZBounds:
-    """Bidirectional SMC: `engine.repeats` free runs a prompt (at least 2), and a conditional run for each of as many exact samples.
+    """Bidirectional SMC: `engine.repeats` free runs a prompt (at least 4), and a conditional run for each of as many exact samples.
 
     Without a twist there is no resampling, and these are the two sides of IWAE (Burda et al. 2016; Sobolev & Vetrov 2019).
 
@@ -155,44 +175,21 @@ def log_z_bounds(
     runs = max(RUNS, engine.repeats)
     free = engine.log_z_runs(target, prompts, runs, proposal=proposal, rng=rng)
     lower = tuple(
-        Estimate(float(row.mean()), mean_stderr(row), runs * engine.particles, "lower") for row in free.double()
+        Estimate(float(row.mean()), mean_stderr(row), runs * engine.particles, "lower", runs - 1)
+        for row in free.double()
     )
     if exact is None or not len(exact):
         return LogZBounds(lower, (None,) * len(prompts))
     some = at_most(exact, runs, rng).draws
     given = engine.log_z_given(target, some, proposal=proposal, rng=rng).double()
     groups = [given[some.prompt_index == p] for p in range(len(prompts))]
-    spreads = [float(group.var()) for group in groups if len(group) > 1]
-    pooled = sum(spreads) / len(spreads) if spreads else None
-    return LogZBounds(lower, tuple(_upper(group, pooled, engine.particles) for group in groups))
+    pooled = pooled_spread(groups)
+    return LogZBounds(lower, tuple(of_samples(group, pooled, engine.particles) for group in groups))
 
 
 def with_log_z(bounds: Bounds, lower: Estimate, upper: Estimate | None) -> Bounds:
     """The same draws with an engine's bounds of log Z in place of their own; the errors are independent of the ELBO's."""
     possible = math.isfinite(bounds.elbo.value)
-    elbo, elbo_stderr = (bounds.elbo.value, bounds.elbo.stderr) if possible else (-math.inf, 0.0)
-    return replace(
-        bounds,
-        log_z_low=lower.value,
-        low=lower.value - elbo,
-        low_stderr=math.hypot(lower.stderr, elbo_stderr),
-        log_z_high=math.inf if upper is None else upper.value,
-        high=math.inf if upper is None else upper.value - elbo,
-        high_stderr=math.nan if upper is None else math.hypot(upper.stderr, elbo_stderr),
-    )
-
-
-def _upper(log_z: Float[Tensor, " M"], pooled: float | None, particles: int) -> Estimate | None:
-    m = len(log_z)
-    if m == 0 or (m == 1 and pooled is None):
-        return None
-    stderr = mean_stderr(log_z) if m > 1 else math.sqrt(pooled or 0.0)
-    return Estimate(float(log_z.mean()), stderr, m * particles, "upper")
-
-
-def _mean(estimates: tuple[Estimate, ...] | list[Estimate]) -> Estimate:
-    """Of independent estimates, one a prompt."""
-    count = len(estimates)
-    stderr = math.sqrt(sum(e.stderr**2 for e in estimates)) / count
-    value = sum(e.value for e in estimates) / count
-    return Estimate(value, stderr, sum(e.n for e in estimates), estimates[0].kind)
+    low = lower.less(bounds.elbo) if possible else bounds.low
+    high = None if upper is None else upper.less(bounds.elbo) if possible else bounds.low
+    return replace(bounds, log_z_low=lower, low=low, log_z_high=upper, high=high)

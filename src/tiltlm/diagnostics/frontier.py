@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from tiltlm.diagnostics.degeneracy import cut_short
 from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
 from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
-from tiltlm.diagnostics.tilt import Tilted, best_of_n_shares, tilt, tilt_jackknife
+from tiltlm.diagnostics.tilt import Tilted, best_of_n_kl, best_of_n_shares, tilt, tilt_jackknife
 from tiltlm.errors import InputError
 from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
 from tiltlm.records import Estimate, Interval, Prompts, Scored, shown
@@ -163,24 +163,24 @@ class PriorSample:
 
 
 def enough_possible(reward: Float[Tensor, " n"]) -> bool:
-    """Whether the rewards that are not -inf suffice for a prediction: all, or two, so that each can be left out in turn."""
-    possible = int((reward > -torch.inf).sum())
-    return possible == len(reward) or possible >= 2
+    """Whether the rewards that are not -inf suffice for a prediction: two, so that each can be left out in turn."""
+    return int((reward > -torch.inf).sum()) >= 2
 
 
 def _floored(interval: Interval) -> Interval:
-    """A KL divergence is not negative."""
-    return replace(interval, value=max(0.0, interval.value), low=max(0.0, interval.low))
+    """A KL divergence is not negative; one that is not known stays NaN."""
+    ends = {name: getattr(interval, name) for name in ("value", "low", "high")}
+    return replace(interval, **{name: 0.0 if end < 0 else end for name, end in ends.items()})
 
 
 def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
-    """Mean reward and KL to the prior of best-of-n, on the empirical distribution of one prompt's rewards.
+    """Mean reward, unbiased, and KL to the prior of best-of-n, from one prompt's rewards; -inf where n of these are impossible.
 
-    A draw's probability ratio to the prior is (F^n - F_-^n) / (F - F_-), equal for draws of the same reward.
+    Raises:
+        InputError: if there are fewer than n.
     """
     shares = best_of_n_shares(reward, n)
-    kl = torch.where(shares > 0, shares * (shares * len(reward)).log(), 0.0).sum()
-    return float(torch.where(shares > 0, shares * reward, 0.0).sum()), float(kl)
+    return float(torch.where(shares > 0, shares * reward, 0.0).sum()), best_of_n_kl(reward, n)
 
 
 def plan(
@@ -198,17 +198,22 @@ def plan(
     """Predict the reward-KL frontier over beta from prior samples.
 
     Args:
-        samples: prior draws a prompt.
+        samples: prior draws a prompt, at least 2.
         beta, kl_budget, reward_goal: choose a point by its temperature, by the nats a prompt that the policy may move, or by
             the mean reward it should reach. At most one; without any it is the target's beta.
         scored: prior draws that are there already; nothing is drawn then.
         gold: a held-out reward, evidence or function, to be predicted along the frontier of the target's own.
 
     Raises:
-        InputError: if the budget or goal is out of reach, with the range that can be reached.
+        InputError: if the budget or goal is out of reach, with the range that can be reached; or if there are fewer than two
+            draws a prompt.
     """
     if sum(choice is not None for choice in (beta, kl_budget, reward_goal)) > 1:
         raise InputError("beta, kl_budget and reward_goal are three ways to choose the same thing; give one of them")
+    if scored is None and samples < 2:
+        raise InputError(
+            f"samples is {samples}; a prediction leaves out each draw of a prompt in turn, so draw at least 2"
+        )
     if scored is None:
         encoded = target.prior.encode(prompts)
         scored = target.score(target.prior.draw(encoded, samples, Generator().manual_seed(seed)))
@@ -258,14 +263,18 @@ def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
 
 
 def _solve(sample: PriorSample, goal: float, field: Literal["reward", "kl"], name: str, unit: str) -> float:
-    """The beta at which the mean over prompts of `field` is `goal`; it falls as beta grows."""
+    """The largest beta at which the mean over prompts of `field` is `goal`.
+
+    It falls as beta grows. But the jackknife's correction need not, where a single draw has all the weight.
+    """
     spread = sample.spread
     betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
     values = sample.unbiased(betas, field).mean(0)
-    if not float(values[0]) <= goal <= float(values[-1]):
+    low, high = float(values[0]), float(values.max())
+    if not low <= goal <= high:
         raise InputError(
-            f"{name} is {goal:g}, but with these draws the frontier goes from {float(values[0]):.3g} to "
-            f"{float(values[-1]):.3g} {unit}; choose a value in between, or draw more samples"
+            f"{name} is {goal:g}, but with these draws the frontier goes from {low:.3g} to {high:.3g} {unit}; choose a value in "
+            f"between, or draw more samples"
         )
     return float(betas[int((values >= goal).nonzero()[0])])
 

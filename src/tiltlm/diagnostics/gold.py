@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltlm.diagnostics.predictions import FrontierPoint, over_prompts
-from tiltlm.diagnostics.tilt import best_of_n_mean, best_of_n_shares, tilt_mean
+from tiltlm.diagnostics.tilt import best_of_n_kl, best_of_n_mean, best_of_n_shares, tilt_mean
 from tiltlm.errors import InputError
 from tiltlm.records import Interval, Scored
 
@@ -49,10 +49,12 @@ class GoldPoint:
 
 @dataclass(frozen=True)
 class GoldBestOfN:
-    """The held-out reward of best-of-n by the trained one, averaged over prompts; by the exact law on the prior's draws.
+    """The held-out reward of best-of-n by the trained one, averaged over prompts; from all subsets of n of the prior's draws.
 
     Attributes:
-        kl: KL to the prior in nats, ties taken into account.
+        gold: E g under best-of-n, unbiased, with an interval for prompts like these.
+        proxy: E r, unbiased.
+        kl: KL to the prior in nats, ties taken into account; by the law on each prompt's draws (`best_of_n_kl`).
     """
 
     n: int
@@ -146,16 +148,18 @@ def gold_frontier(
     prior = over_prompts(own, fewest)
     peak, best, sentence = _peak(points, prior)
     powers = [2**i for i in range(1, 12) if 2**i <= fewest // 2]
-    best_of = tuple(_best_of_n([(reward[row], gold[row]) for row in rows], n, fewest) for n in powers)
+    best_of = tuple(_best_of_n([(reward[row], gold[row]) for row in rows], n) for n in powers)
     return GoldFrontier(name, prior, points, peak, best, sentence, best_of)
 
 
-def _best_of_n(prompts: Sequence[tuple[Tensor, Tensor]], n: int, fewest: int) -> GoldBestOfN:
+def _best_of_n(prompts: Sequence[tuple[Tensor, Tensor]], n: int) -> GoldBestOfN:
     """Best-of-n of each prompt's draws, given as rewards and gold."""
     shares = [best_of_n_shares(reward, n) for reward, _ in prompts]
-    kl = [float(torch.where(s > 0, s * (s * len(s)).log(), 0.0).sum()) for s in shares]
+    kl = [best_of_n_kl(reward, n) for reward, _ in prompts]
     proxy = [float(torch.where(s > 0, s * r, 0.0).sum()) for s, (r, _) in zip(shares, prompts, strict=True)]
-    gold = over_prompts([best_of_n_mean(reward, values, n) for reward, values in prompts], fewest)
+    # A single prompt's error rests on the few draws that have the shares: its degrees of freedom are theirs, not N - 1.
+    effective = round(min(1 / float(s.square().sum()) for s in shares))
+    gold = over_prompts([best_of_n_mean(reward, values, n) for reward, values in prompts], effective)
     return GoldBestOfN(n, gold, math.fsum(proxy) / len(proxy), math.fsum(kl) / len(kl))
 
 

@@ -21,7 +21,8 @@ class FrontierPoint:
         reward, kl: E r and KL(p*_beta || pi0) in nats, with intervals for prompts like these.
         log_z: a lower bound in expectation (Jensen).
         ess: effective draws a prompt behind the prediction, mean over prompts.
-        pareto_k: median over prompts of the shape of the weights' tail; above 0.7 do not trust.
+        pareto_k: median over the prompts that have one of the shape of the weights' tail; above 0.7 do not trust. NaN where no
+            prompt has one, -inf where the largest weights are equal: neither says that the draws suffice, `reliable` does.
         needed: draws a prompt that the prediction asks for, MARGIN * exp(KL) of the hardest tenth of the prompts.
         reliable: whether there are that many.
     """
@@ -50,10 +51,11 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class BestOfNPoint:
-    """Best of n, averaged over prompts: its exact law on the empirical reward distribution.
+    """Best of n, averaged over prompts.
 
     Attributes:
-        kl: KL to the prior, ties taken into account.
+        reward: E r, the mean over all subsets of n of each prompt's draws; unbiased.
+        kl: KL to the prior, ties taken into account: that of the exact law on each prompt's empirical distribution.
         kl_bound: log n - (n - 1) / n, which the KL never exceeds.
     """
 
@@ -110,6 +112,6 @@ def over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
 
 
 def own_interval(value: float, stderr: float, n: int) -> Interval:
-    """95% interval by Student's t with n - 1 degrees of freedom."""
-    half = float(student.ppf(0.975, n - 1)) * stderr if n > 1 else math.inf
+    """95% interval by Student's t with n - 1 degrees of freedom; without end where the error is not known."""
+    half = math.inf if n < 2 or math.isnan(stderr) else float(student.ppf(0.975, n - 1)) * stderr
     return Interval(value, value - half, value + half)

@@ -7,14 +7,15 @@ p*_beta: kappa(lambda) = log mean exp(lambda r), reward kappa'(lambda), KL(p* ||
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCKS = 16
-"""Blocks of draws that are left out in turn where leaving out every single draw would take too long."""
+from tiltlm.errors import InputError
+from tiltlm.weights import best_of_subsets, group_mean, group_sum
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,19 @@ class Tilted:
     ess: Float[Tensor, "... G"]
 
 
-def tilt(
-    reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], counts: Float[Tensor, "... N"] | None = None
-) -> Tilted:
+def tilt(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], counts: Float[Tensor, " N"] | None = None) -> Tilted:
     """Tilt one prompt's prior sample to each temperature. Rewards of -inf are impossible at any; some must be finite.
 
     Args:
-        counts: how often each draw counts; ones by default. Rows of counts are other samples of the same draws.
+        counts: how often each draw counts; ones by default.
     """
     if counts is None:
         counts = torch.ones_like(reward)
-    scaled = reward[:, None] / betas
-    peak = scaled.amax(0)
-    w = (scaled - peak).exp()
-    weighed = torch.where(w > 0, w * reward[:, None], 0.0)  # a reward of -inf has no weight
-    s0, s1, s2 = counts @ w, counts @ weighed, counts @ w.square()
-    return _moments(s0, s1, s2, counts.sum(-1)[..., None], peak, betas)
+    reward, counts = reward[counts > 0], counts[counts > 0]
+    peak, w = _weights(reward, betas)
+    s0, s1, s2 = counts @ w, (counts * _possible(reward)) @ w, counts @ w.square()
+    mean, kl, log_z = _moments(s0, s1, float(counts.sum()), peak, betas)
+    return Tilted(mean, kl, log_z, s0.square() / s2)
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,18 @@ class Jackknifed:
 
 
 def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> Jackknifed:
-    """Tilt one prompt's prior sample with each draw left out in turn (Quenouille 1956; Tukey 1958)."""
+    """Tilt one prompt's prior sample with each draw left out in turn.
+
+    Errors are NaN for a single draw. So is the KL's for two: either one, left alone, is its own posterior, with a KL of 0.
+    """
     n, full = len(reward), tilt(reward, betas)
     if n < 2:
         unknown = torch.full_like(betas, torch.nan)
         return Jackknifed(full.reward, unknown, full.kl, unknown)
-    without = tilt(reward, betas, torch.ones(n, n, dtype=reward.dtype) - torch.eye(n, dtype=reward.dtype))
-
-    def estimate(theta: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
-        mean = left_out.mean(0)
-        return n * theta - (n - 1) * mean, ((n - 1) / n * (left_out - mean).square().sum(0)).sqrt()
-
-    return Jackknifed(*estimate(full.reward, without.reward), *estimate(full.kl, without.kl))
+    peak, (s0, s1) = _without_each(reward, betas, [torch.ones_like(reward), _possible(reward)])
+    mean, kl, _ = _moments(s0, s1, n - 1, peak, betas)
+    found = Jackknifed(*_jackknife(full.reward, mean), *_jackknife(full.kl, kl))
+    return found if n > 2 else replace(found, kl_stderr=torch.full_like(betas, torch.nan))
 
 
 @dataclass(frozen=True)
@@ -87,62 +85,131 @@ class TiltedMean:
 
 def tilt_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> TiltedMean:
     """Another quantity's mean under the tilts of one prompt's prior sample, each draw left out in turn."""
-    n = len(reward)
-    scaled = reward[:, None] / betas
-    w = (scaled - scaled.amax(0)).exp()
-    r = torch.where(reward > -torch.inf, reward, 0.0)[:, None]  # a reward of -inf has no weight
-    g = values[:, None]
+    r, g = _possible(reward), values
+    factors = [torch.ones_like(r), r, g, r * g]
 
-    def estimates(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        s0, sr, sg, srg = parts
+    def estimates(s0: Tensor, sr: Tensor, sg: Tensor, srg: Tensor) -> tuple[Tensor, Tensor]:
         return sg / s0, srg / s0 - (sr / s0) * (sg / s0)
 
-    terms = [w, w * r, w * g, w * r * g]
-    totals = [term.sum(0) for term in terms]
-    mean, slope = estimates(totals)
-    if n < 2:
+    _, w = _weights(reward, betas)
+    mean, slope = estimates(*(factor @ w for factor in factors))
+    if len(reward) < 2:
         unknown = torch.full_like(betas, torch.nan)
         return TiltedMean(mean, unknown, slope, unknown)
-    others = torch.ones(n, n, dtype=w.dtype) - torch.eye(n, dtype=w.dtype)
-    sums = [others @ term for term in terms]
-    # Without a draw that carries all the weight nothing may be left; the floor keeps that finite, and the ESS tells.
-    left_out = estimates([sums[0].clamp(min=1e-300), *sums[1:]])
-    results = []
-    for full, without in zip((mean, slope), left_out, strict=True):
-        average = without.mean(0)
-        spread = ((n - 1) / n * (without - average).square().sum(0)).sqrt()
-        results += [n * full - (n - 1) * average, spread]
-    return TiltedMean(*results)
+    _, sums = _without_each(reward, betas, factors)
+    means, slopes = estimates(*sums)
+    return TiltedMean(*_jackknife(mean, means), *_jackknife(slope, slopes))
 
 
 def best_of_n_shares(reward: Float[Tensor, " N"], n: int) -> Float[Tensor, " N"]:
-    """Probability with which each draw of a sample is the best of n drawn from it with replacement; they sum to 1.
+    """The share of the subsets of n draws of a sample in which each draw is the best, alike for draws of one reward; they sum to 1.
 
-    With F the distribution of the sample's rewards and F_- without the value itself, the value has F^n - F_-^n (Beirami et al.
-    2024), in equal parts for draws of the same reward.
+    The mean of anything, weighed by them, is unbiased for its mean under best-of-n. That of n drawn from the sample with
+    replacement, F^n - F_-^n, is not: some of the n are the same draw. At n = N / 2 it is a quarter of a standard deviation short
+    for exponential rewards, and more prompts do not help.
+
+    Raises:
+        InputError: if there are fewer than n draws.
     """
+    if n > len(reward):
+        raise InputError(f"n is {n}, but the best of n is taken of {len(reward)} draws; draw at least n")
     _, place, counts = reward.unique(return_inverse=True, return_counts=True)
-    share = counts.double() / len(reward)
-    upto = share.cumsum(0).clamp(max=1.0)
-    mass = upto**n - (upto - share).clamp(min=0) ** n
-    return (mass / counts)[place]
+    return group_mean(best_of_subsets(len(reward), n), place.sort().values, len(counts))[place]
 
 
 def best_of_n_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], n: int) -> tuple[float, float]:
-    """The mean of another quantity under best-of-n by `reward`, and its standard error by a jackknife over blocks of draws."""
+    """The mean of another quantity under best-of-n by `reward`, unbiased, and its jackknifed standard error; NaN for n draws.
 
-    def mean(r: Tensor, g: Tensor) -> Tensor:
-        return best_of_n_shares(r, n) @ g
-
-    blocks = torch.arange(len(reward)) % BLOCKS
-    if len(reward) < 2 * BLOCKS:
-        return float(mean(reward, values)), math.nan
-    left_out = torch.stack([mean(reward[blocks != b], values[blocks != b]) for b in range(BLOCKS)])
-    spread = (BLOCKS - 1) / BLOCKS * (left_out - left_out.mean()).square().sum()
-    return float(mean(reward, values)), math.sqrt(float(spread))
+    Raises:
+        InputError: if there are fewer than n draws.
+    """
+    mean = best_of_n_shares(reward, n) @ values
+    if n == len(reward):
+        return float(mean), math.nan
+    return float(mean), float(_jackknife(mean, _best_without_each(reward, values, n))[1])
 
 
-def _moments(s0: Tensor, s1: Tensor, s2: Tensor, n: Tensor, peak: Tensor, betas: Tensor) -> Tilted:
+def best_of_n_kl(reward: Float[Tensor, " N"], n: int) -> float:
+    """KL to the prior of best-of-n in nats, ties taken into account: sum (F^n - F_-^n) log (F^n - F_-^n) / (F - F_-).
+
+    F and F_- are the sample's shares of rewards at most, and less than, the draw's (Beirami et al. 2024). Where all rewards
+    differ it is about (n / N)^2 / 24 nats too small, and more where the best reward is rare: of a prompt without a success in its
+    draws it is 0.
+    """
+    _, counts = reward.unique(return_counts=True)
+    share = counts.double() / len(reward)
+    upto = share.cumsum(0).clamp(max=1.0)
+    mass = upto**n - (upto - share).clamp(min=0) ** n
+    return float(torch.where(mass > 0, mass * (mass / share).log(), 0.0).sum())
+
+
+# --- leaving out each draw in turn ---
+
+
+def _weights(
+    reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]
+) -> tuple[Float[Tensor, " G"], Float[Tensor, "N G"]]:
+    """The largest r / beta, and exp(r / beta) over its exponential."""
+    scaled = reward[:, None] / betas
+    peak = scaled.amax(0)
+    return peak, (scaled - peak).exp()
+
+
+def _possible(reward: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The rewards as factors of their weights: one of -inf has none, and 0 times -inf would be NaN."""
+    return torch.where(reward > -torch.inf, reward, 0.0)
+
+
+def _moments(s0: Tensor, s1: Tensor, n: float, peak: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reward, KL to the prior and log Z, of the sums of w and w r over n draws."""
     mean = s1 / s0
-    log_z = s0.log() - n.log() + peak
-    return Tilted(mean, mean / betas - log_z, log_z, s0.square() / s2)
+    log_z = s0.log() - math.log(n) + peak
+    return mean, mean / betas - log_z, log_z
+
+
+def _without_each(
+    reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], factors: Sequence[Float[Tensor, " N"]]
+) -> tuple[Float[Tensor, "N G"], list[Float[Tensor, "N G"]]]:
+    """For each draw left out, the peak of the others and, relative to it, the sums of their weights times each factor.
+
+    The others of the best draw may all be beyond e^-745 of it, where a sum relative to the sample's own peak is 0. So theirs are
+    taken anew; those of any other draw hold the largest weight, 1, and are what is left of the sample's.
+    """
+    best = int(reward.argmax())
+    others = torch.arange(len(reward)) != best
+    peak, w = _weights(reward, betas)
+    second, w_others = _weights(reward[others], betas)
+    peaks = peak.repeat(len(reward), 1)
+    peaks[best] = second
+    sums = []
+    for factor in factors:
+        left = factor @ w - w * factor[:, None]
+        left[best] = factor[others] @ w_others
+        sums.append(left)
+    return peaks, sums
+
+
+def _best_without_each(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], n: int) -> Float[Tensor, " N"]:
+    """The mean of a quantity under best-of-n with each draw left out in turn."""
+    _, place, counts = reward.unique(return_inverse=True, return_counts=True)
+    mass = best_of_subsets(len(reward) - 1, n)
+    within = torch.cat([torch.zeros(1, dtype=mass.dtype), mass.cumsum(0)])  # of the m worst, m = 0 .. N - 1
+    sums = group_sum(values, place, len(counts))
+    upto = counts.cumsum(0)
+    less = upto - counts
+    # A level of rewards keeps its places where a better draw is left out, moves down where a worse one is, and is one fewer itself.
+    kept = (within[upto.clamp(max=len(mass))] - within[less]) * sums / counts
+    moved = (within[upto - 1] - within[(less - 1).clamp(min=0)]) * sums / counts
+    fewer = (within[upto - 1] - within[less]) / (counts - 1).clamp(min=1)
+    worse = kept.cumsum(0) - kept
+    better = moved.sum() - moved.cumsum(0)
+    return (worse + better)[place] + fewer[place] * (sums[place] - values)
+
+
+def _jackknife(full: Float[Tensor, "..."], without: Float[Tensor, "N ..."]) -> tuple[Tensor, Tensor]:
+    """An estimate without its bias of order 1 / n, and its standard error, from it with each draw left out in turn.
+
+    Quenouille (1956) and Tukey (1958).
+    """
+    n, mean = len(without), without.mean(0)
+    return n * full - (n - 1) * mean, ((n - 1) / n * (without - mean).square().sum(0)).sqrt()

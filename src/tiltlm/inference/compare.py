@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from tiltlm.diagnostics.certificate import Z95, Certificate, certify
+from tiltlm.diagnostics.certificate import Certificate, certify, log_share
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
+from tiltlm.diagnostics.evidence_bounds import of_samples, pooled_spread
 from tiltlm.errors import InputError
 from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.budget import cost, within
@@ -25,7 +26,7 @@ from tiltlm.protocols import DecodingEngine, Sampler
 from tiltlm.records import Estimate, Interval, Prompts, Scored, Weighted
 from tiltlm.seeds import generator
 from tiltlm.target import Target
-from tiltlm.weights import group_sum, normalise
+from tiltlm.weights import weighted_means
 
 LISTED = 5000
 """Most completions of a prompt for which the truth is computed by listing them, instead of being estimated."""
@@ -298,18 +299,14 @@ class _Judge:
             self.target, self.prompts, proposal=proposal, rng=generator(self.seed, "compare", 1)
         )
         seconds = time.perf_counter() - began
-        index, count = weighted.scored.draws.prompt_index, len(self.prompts)
-        share = normalise(weighted.log_w.double(), index, count)
-        value = self.target.beta * weighted.scored.log_evidence.double()
-        reward = group_sum(share * value, index, count)
-        served = group_sum(share, index, count) > 0
+        count = len(self.prompts)
+        means = weighted_means(weighted, self.target.beta * weighted.scored.log_evidence.double(), count)
+        served = [mean for mean in means if mean is not None]
         spent = count * engine.cost if hasattr(engine, "cost") else len(weighted.scored) + weighted.scored.dropped
-        squares = group_sum((share * (value - reward[index])) ** 2, index, count)[served]
-        many = max(1, int(served.sum()))
         kept = weighted.kept().scored.draws
         return Result(
             name,
-            Estimate(float(reward[served].mean()), float(squares.sum().sqrt()) / many, many),
+            over_prompts(served),
             kl_prior=None,
             to_posterior=self._decoded_bound(engine, weighted),
             from_posterior=None,
@@ -317,7 +314,7 @@ class _Judge:
             samples=spent,
             steps=0,
             seconds=seconds,
-            served=float(served.double().mean()),
+            served=len(served) / count,
             gold=self._gold_of(weighted),
         )
 
@@ -327,13 +324,9 @@ class _Judge:
         if self.gold is None or not len(rows.scored):
             return None
         values, judged = gold_values(as_gold(self.gold), rows.scored.draws)
-        index, count = rows.scored.draws.prompt_index[judged], len(self.prompts)
-        share, value = normalise(rows.log_w[judged].double(), index, count), values[judged]
-        mean = group_sum(share * value, index, count)
-        squares = group_sum((share * (value - mean[index])) ** 2, index, count)
-        known = group_sum(share, index, count) > 0
-        many = int(known.sum())
-        return Estimate(float(mean[known].mean()), float(squares.sum().sqrt()) / many, len(value)) if many else None
+        known = replace(rows, log_w=torch.where(judged, rows.log_w.double(), -torch.inf))
+        means = weighted_means(known, values, len(self.prompts))
+        return over_prompts([mean for mean in means if mean is not None]) if judged.any() else None
 
     def _decoded_bound(self, engine: Any, weighted: Weighted) -> Interval | None:
         """KL of what a decoding engine returns from p*: at most log Z - E log Zhat, by the data-processing inequality."""
@@ -343,29 +336,46 @@ class _Judge:
             return Interval(0.0, 0.0, 0.0)
         if weighted.log_z is None or self.exact is None:
             return None
-        gaps = [e.log_z - z.value for e, z in zip(self.exact, weighted.log_z, strict=True)]
-        errors = [z.stderr for z in weighted.log_z]
-        spread = math.sqrt(sum(e * e for e in errors)) / len(errors)
-        if math.isnan(spread):
+        gap = Estimate.mean(
+            [replace(z, value=e.log_z - z.value) for e, z in zip(self.exact, weighted.log_z, strict=True)]
+        )
+        if math.isnan(gap.stderr):
             return None
-        return Interval(math.nan, 0.0, max(0.0, sum(gaps) / len(gaps)) + Z95 * spread)
+        return Interval(math.nan, 0.0, max(0.0, gap.value) + gap.margin)
 
     def _from_posterior(self, sampler: Sampler, certificate: Certificate) -> Interval | None:
         """KL(p* || q) = E_p*[log w] - log Z, from the exact samples; by the certificate's bounds of log Z."""
-        if self.posterior is None or certificate.log_z_upper is None or len(self.posterior) < 2:
+        if self.posterior is None or certificate.log_z_upper is None:
             return None
         log_w = (self.posterior.log_target - sampler.log_prob(self.posterior.draws).sum(-1)).double()
         index = self.posterior.draws.prompt_index
-        means = torch.stack([log_w[index == p].mean() for p in index.unique()])
-        if len(means) < len(self.prompts):
+        log_w = log_w + log_share(certificate.scored, certificate.samples)[index]
+        groups = [log_w[index == p] for p in range(len(self.prompts))]
+        means = [of_samples(group, pooled_spread(groups)) for group in groups]
+        found = [mean for mean in means if mean is not None]
+        if len(found) < len(groups):
             return None
-        spread = float(log_w.std()) / math.sqrt(len(log_w))
-        value, low, high = float(means.mean()), certificate.log_z_lower.value, certificate.log_z_upper.value
+        mean = Estimate.mean(found)
+        low, high = mean.less(certificate.log_z_upper), mean.less(certificate.log_z_lower)
         return Interval(
-            max(0.0, value - (low + high) / 2),
-            max(0.0, value - high - Z95 * spread),
-            max(0.0, value - low + Z95 * spread),
+            max(0.0, (low.value + high.value) / 2),
+            max(0.0, low.value - low.margin),
+            max(0.0, high.value + high.margin),
         )
+
+
+def over_prompts(means: Sequence[Estimate]) -> Estimate:
+    """Mean over prompts; where a prompt alone cannot tell its error, all that sets the prompts apart counts as such.
+
+    NaN for no prompt.
+    """
+    if not means:
+        return Estimate(math.nan, math.nan, 0)
+    found = Estimate.mean(means)
+    if math.isfinite(found.stderr) or len(means) < 2:
+        return found
+    spread = torch.tensor([mean.value for mean in means], dtype=torch.float64).std()
+    return replace(found, stderr=float(spread) / math.sqrt(len(means)), df=len(means) - 1)
 
 
 def _row(result: Result) -> tuple[str, ...]:

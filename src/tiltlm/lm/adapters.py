@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, VisionEncoderDecoderModel
 
@@ -24,6 +25,8 @@ from tiltlm.errors import InputError
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT's files put before the names of the model's weights."""
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""What PEFT calls the ways to begin an adapter that leave the base as it is; others put a part of its weights into the adapter."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,46 @@ def _both_kinds_of_layers() -> Iterator[None]:
         yield
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT's layers are in a model, be they on or off."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def require_low_rank(config: PeftConfig, which: str) -> None:
+    """Only adapters beside which the base stays what it is, and whose every weight is the adapter's own.
+
+    Raises:
+        InputError: for another one, naming what it is.
+    """
+    kind, begun = config.peft_type, getattr(config, "init_lora_weights", True)
+    more = [
+        name
+        for name in ("modules_to_save", "trainable_token_indices", "layer_replication")
+        if getattr(config, name, None)
+    ]
+    if kind != PeftType.LORA:
+        reason = f"is of type {getattr(kind, 'value', kind)}"
+    elif getattr(config, "bias", "none") != "none":
+        reason = f"trains the base's biases too (bias {config.bias!r})"  # pyright: ignore[reportAttributeAccessIssue]
+    elif more:
+        reason = f"is more than low-rank updates ({', '.join(more)})"
+    elif begun not in INITS:
+        reason = f"has taken a part of the base's weights into itself (init_lora_weights {begun!r})"
+    else:
+        return
+    raise InputError(
+        f"{which} {reason}; only plain LoRA leaves the base as it is: merge it into its base with peft's merge_and_unload and load "
+        f"the result"
+    )
+
+
 class AdapterSwitch:
     """The adapters that live on one base model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.peft: PeftModel | None = None
-        self._active: str | None = None
+        self._layers: list[Any] = []
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._turn = threading.RLock()
 
@@ -87,10 +123,18 @@ class AdapterSwitch:
 
     @classmethod
     def adopt(cls, peft: PeftModel) -> AdapterSwitch:
-        """Take over a `PeftModel` that someone else made."""
+        """Take over a `PeftModel` that someone else made.
+
+        Raises:
+            InputError: if one of its adapters is none that can be switched off, or is merged into the base.
+        """
+        for name, config in peft.peft_config.items():
+            require_low_rank(config, f"the model's adapter {name!r}")
         switch = cls(peft.get_base_model())  # pyright: ignore[reportArgumentType]
         switch.peft = peft
-        switch._active = str(peft.active_adapter)
+        switch._settle()
+        if any(layer.merged for layer in switch._layers):
+            raise InputError("the model's adapter is merged into its base; call its unmerge_adapter() before loading")
         return switch
 
     @property
@@ -111,12 +155,7 @@ class AdapterSwitch:
         if not (path / "adapter_config.json").is_file():
             raise InputError(f"{folder} holds no PEFT adapter (no adapter_config.json); give a folder that does")
         name = self._free_name()
-        config = PeftConfig.from_pretrained(str(path))
-        if getattr(config, "modules_to_save", None) or config.is_prompt_learning:
-            raise InputError(
-                f"the adapter in {folder} is more than low-rank updates (modules_to_save, or a learned prompt); merge it into its "
-                f"base with peft's merge_and_unload and load the result"
-            )
+        require_low_rank(PeftConfig.from_pretrained(str(path)), f"the adapter in {folder}")
         try:
             with _both_kinds_of_layers():
                 if self.peft is None:
@@ -137,7 +176,9 @@ class AdapterSwitch:
         """Add an adapter with the same weights as `name`."""
         assert self.peft is not None
         fresh = self._free_name()
-        self._add(fresh, copy.deepcopy(self.peft.peft_config[name]))
+        config: Any = copy.deepcopy(self.peft.peft_config[name])
+        config.init_lora_weights = True  # whatever it began with, its weights follow
+        self._add(fresh, config)
         with torch.no_grad():
             source = self.parameters(name)
             for key, value in self.parameters(fresh).items():
@@ -153,7 +194,7 @@ class AdapterSwitch:
                 "ignore", message="Adapter .* was active", category=UserWarning
             )  # activate() sees to that
             self.peft.delete_adapter(name)
-        self._active = ""  # whatever peft has made active, the next activate() sets it anew
+        self._settle()
 
     @contextmanager
     def on(self, name: str | None) -> Iterator[None]:
@@ -166,33 +207,34 @@ class AdapterSwitch:
             yield
 
     def activate(self, name: str | None) -> None:
-        """Leave the model with this adapter on."""
-        if self.peft is None or name == self._active:
-            return
-        tuner: Any = self.peft.base_model
-        if name is None:
-            tuner.disable_adapter_layers()
-        else:
-            tuner.enable_adapter_layers()
-            self.peft.set_adapter(name)
-        self._active = name
-        for weights in self._trained.values():  # peft freezes what it switches off, also between forward and backward
-            for weight in weights:
-                weight.requires_grad_(True)
+        """Leave the model with this adapter on.
+
+        Said to the layers themselves: PEFT's own methods also freeze what they switch off, and a backward pass that is under way in
+        another thread would lose its gradients.
+        """
+        wanted = name is None, [name]
+        for layer in self._layers:
+            layer._disable_adapters = wanted[0]
+            if name is not None:
+                layer._active_adapter = wanted[1]
 
     def train(self, name: str) -> None:
         """Let this adapter receive gradients from now on, whichever one is active."""
         self._trained[name] = list(self.parameters(name).values())
-        for weight in self._trained[name]:
-            weight.requires_grad_(True)
+        self._settle()
+
+    def _settle(self) -> None:
+        """After adapters have come or gone, which makes PEFT choose one and let it train."""
+        assert self.peft is not None
+        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for name in self.names:
+            for weight in self.parameters(name).values():
+                weight.requires_grad_(name in self._trained)
 
     def parameters(self, name: str) -> Mapping[str, nn.Parameter]:
         """The adapter's weights, named without the adapter's own name."""
-        return {
-            key.replace(f".{name}.", "."): value
-            for key, value in self.model.named_parameters()
-            if f".{name}." in key and "lora_" in key
-        }
+        parts = [(key.split("."), value) for key, value in self.model.named_parameters() if "lora_" in key]
+        return {".".join(part for part in key if part != name): value for key, value in parts if name in key}
 
     def scale(self, name: str) -> float:
         """What the adapter's update is multiplied by, over its rank."""
@@ -236,4 +278,4 @@ class AdapterSwitch:
         for value in self.parameters(name).values():
             value.data = value.data.to(self.model.dtype)
         self.peft.eval()
-        self._active = ""  # whatever peft has made active, the next activate() sets it anew
+        self._settle()

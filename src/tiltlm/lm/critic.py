@@ -244,6 +244,10 @@ def new_critic(prior: ModelPrior, lora: LoRA | None, start: str | Path | None, s
         adapter = switch.new(lora, prior.body.name, seed)
     if adapter is not None:
         switch.train(adapter)
+    if backbone.width != head.inner.in_features:
+        raise InputError(
+            "the critic's adapter is on the output layer, whose features are logits; leave it out of targets, and load the model anew"
+        )
     head = head.to(prior.body.model.device)
     return ModelCritic(
         **replace(prior, generator=None)._parts(  # whose models have no tilt

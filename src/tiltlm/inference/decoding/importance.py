@@ -34,7 +34,8 @@ class Importance:
         """`n` weighted draws a prompt, with the estimate of log Z."""
         scored = require_finite(target.score((proposal or target.prior).draw(prompts, self.n, rng)))
         log_w = scored.log_weight
-        return Weighted(scored, log_w, log_mean_weight(log_w, scored.draws.prompt_index, len(prompts)))
+        log_z = log_mean_weight(log_w, scored.draws.prompt_index, len(prompts), self.n)
+        return Weighted(scored, log_w, log_z)
 
     def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the one resampled."""

@@ -128,7 +128,8 @@ class MCMC:
         log_w = torch.where(scored.log_weight > -torch.inf, 0.0, -torch.inf).double()
         index = torch.arange(len(prompts)).repeat_interleave(self.chains)
         acceptance = group_mean(accepted, index, len(prompts))
-        return Weighted(scored, log_w, None, {"r_hat": r_hat, "ess": size, "acceptance": acceptance})
+        chain = torch.arange(self.chains).repeat(len(prompts) * len(states))
+        return Weighted(scored, log_w, None, {"r_hat": r_hat, "ess": size, "acceptance": acceptance}, chain)
 
 
 def judged(target: Target, draws: Draws) -> Scored:

@@ -71,7 +71,7 @@ class QuasiRejection:
         return Weighted(
             scored,
             torch.where(accepted, 0.0, -torch.inf).double(),
-            log_mean_weight(log_w, index, len(prompts)),
+            log_mean_weight(log_w, index, len(prompts), self.n),
             {
                 "acceptance": group_mean(self._log_accept(target, scored).exp(), index, len(prompts)),
                 "total_variation": self._total_variation(target, log_w, index, len(prompts)),

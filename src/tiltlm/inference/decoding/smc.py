@@ -139,6 +139,7 @@ class SMC:
                 "resampled": every["resampled"].mean(-1),
                 "roots": every["roots"].sum(-1),
             },
+            torch.arange(self.repeats).repeat_interleave(self.particles).repeat(len(prompts)),
         )
 
     def log_z_runs(

@@ -71,7 +71,8 @@ def exact(view: View, generator: Generator, prompts: Prompts, n: int, rng: Rando
 def _asked(view: View, generator: Generator, prompts: Prompts, counts: Sequence[int], rng: RandomNumbers) -> Draws:
     """`counts` completions of each prompt from the generator, scored by the view."""
     _require_possible(view, prompts)
-    terms = Terms(view.law, view.body.eos, generator.serve(view))
+    law = replace(view.law, stop=() if view.stops is None else view.stops.texts)  # the others are among the ids
+    terms = Terms(law, view.eos, generator.serve(view))
     *seeds, seed = torch.randint(LARGEST_SEED, (len(prompts) + 1,), generator=rng).tolist()
     contexts = [tuple(row[mask].tolist()) for row, mask in zip(prompts.tokens, prompts.mask, strict=True)]
     first = [
@@ -128,8 +129,8 @@ def _ended(view: View, row: Continuation, known: int) -> Continuation:
     Args:
         known: tokens at its beginning that have been looked at, and do not end it.
     """
-    limit, eos = min(len(row.tokens), view.law.max_new_tokens), view.body.eos
-    is_over = view.ends if view.law.stop else lambda ids: ids[-1] in eos  # without stop strings the last token tells
+    limit, eos = min(len(row.tokens), view.law.max_new_tokens), view.eos
+    is_over = view.ends if view.stops else lambda ids: ids[-1] in eos  # without stop strings the last token tells
     end = next((length for length in range(known + 1, limit + 1) if is_over(row.tokens[:length])), limit)
     return Continuation(row.tokens[:end], row.log_mu[:end])
 

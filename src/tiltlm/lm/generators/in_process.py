@@ -89,7 +89,8 @@ class VLLM:
         path = self._source(view) if weights.kind == "base" else str(weights.write(view, self._root))
         llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         llm.reset_prefix_cache()
-        shutil.rmtree(self._root / self._in_place, ignore_errors=True)
+        if self._in_place != BASE:  # for which nothing was written: a folder of that name is somebody's own
+            shutil.rmtree(self._root / self._in_place, ignore_errors=True)
         self._in_place = weights.name
 
     def generate(self, requests: Sequence[Request], terms: Terms) -> list[tuple[Continuation, ...]]:

@@ -109,7 +109,8 @@ class VLLMServer:
         )
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, remedy)
         self._call("/reset_prefix_cache", {}, remedy)
-        shutil.rmtree(self._root / self._in_place, ignore_errors=True)
+        if self._in_place != BASE:  # for which nothing was written: a folder of that name is somebody's own
+            shutil.rmtree(self._root / self._in_place, ignore_errors=True)
         self._in_place = weights.name
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -14,7 +13,7 @@ from tiltlm.errors import InputError
 from tiltlm.posterior.exact import Exact, best_of_n_law
 from tiltlm.protocols import Claim
 from tiltlm.records import Forward, Info, Prompts, Scored
-from tiltlm.weights import group_count, normalise
+from tiltlm.weights import best_of_subsets, group_count, normalise
 
 Bias = Literal["none", "1/n"]
 
@@ -65,12 +64,9 @@ class Best:
         backwards = torch.arange(len(index) - 1, -1, -1)
         order = backwards[reward[backwards].argsort(stable=True)]
         order = order[index[order].argsort(stable=True)]
-        owner = index[order]
-        worse = torch.arange(len(order)) - torch.searchsorted(owner, owner)
-        count = group_count(index, int(index.max()) + 1)[owner]
-        shares = [_share(k, m, self.n or m) for k, m in zip(worse.tolist(), count.tolist(), strict=True)]
+        counts = group_count(index, int(index.max()) + 1).tolist()
         weights = torch.zeros(len(index), dtype=torch.float64)
-        weights[order] = torch.tensor(shares, dtype=torch.float64)
+        weights[order] = torch.cat([best_of_subsets(count, self.n or count) for count in counts])
         return torch.where(reward > -torch.inf, weights, 0.0)
 
     def law(self, exact: Exact, n: int) -> Float[Tensor, " K"]:
@@ -114,11 +110,6 @@ class Tilted:
 
     def law(self, exact: Exact, n: int) -> Float[Tensor, " K"]:
         return exact.log_posterior
-
-
-def _share(worse: int, count: int, n: int) -> float:
-    """The share of the subsets of `n` among `count` draws in which the best is the one with so many `worse`."""
-    return math.comb(worse, n - 1) / math.comb(count, n) if n <= count else 0.0
 
 
 best, above, tilted = Best(), Above, Tilted()
