@@ -25,6 +25,8 @@ from tiltlm.errors import InputError
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT's files put before the names of the model's weights."""
+KEPT_AS = "_tiltlm_adapters"
+"""Where a model keeps its switch."""
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """What PEFT calls the ways to begin an adapter that leave the base as it is; others put a part of its weights into the adapter."""
 
@@ -71,11 +73,6 @@ def _both_kinds_of_layers() -> Iterator[None]:
         yield
 
 
-def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT's layers are in a model, be they on or off."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-
 def require_low_rank(config: PeftConfig, which: str) -> None:
     """Only adapters beside which the base stays what it is, and whose every weight is the adapter's own.
 
@@ -104,15 +101,33 @@ def require_low_rank(config: PeftConfig, which: str) -> None:
     )
 
 
-class AdapterSwitch:
-    """The adapters that live on one base model."""
+def _layers(model: nn.Module) -> list[Any]:
+    """The layers that PEFT has put in."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.peft: PeftModel | None = None
-        self._layers: list[Any] = []
+
+class AdapterSwitch:
+    """The adapters that live on one base model.
+
+    Args:
+        model: the base.
+        peft: what holds its adapters, if it has some already.
+
+    Raises:
+        InputError: if somebody else has put adapters into the model: nobody would know which one is on.
+    """
+
+    def __init__(self, model: PreTrainedModel, peft: PeftModel | None = None) -> None:
+        self.model, self.peft = model, peft
+        self._layers = _layers(model)
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._turn = threading.RLock()
+        if self._layers and peft is None:
+            raise InputError(
+                f"the {type(model).__name__} in memory holds adapters already, of add_adapter, or it is an adapter of the hub; give its "
+                f"PeftModel, the adapter's folder, or the model without them"
+            )
+        setattr(model, KEPT_AS, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the lock, which cannot be copied; a copy has a model of its own, and so a lock of its own."""
@@ -122,16 +137,21 @@ class AdapterSwitch:
         self.__dict__.update(state, _turn=threading.RLock())
 
     @classmethod
-    def adopt(cls, peft: PeftModel) -> AdapterSwitch:
-        """Take over a `PeftModel` that someone else made.
+    def of(cls, model: PreTrainedModel | PeftModel) -> AdapterSwitch:
+        """The switch of a model, which has but one, however often it is loaded; of a `PeftModel`, with its adapters.
 
         Raises:
-            InputError: if one of its adapters is none that can be switched off, or is merged into the base.
+            InputError: if one of these is none that can be switched off, or is merged into the base.
         """
-        for name, config in peft.peft_config.items():
+        if isinstance(model, PreTrainedModel):
+            known = getattr(model, KEPT_AS, None)
+            return known if known is not None and known.model is model else cls(model)
+        for name, config in model.peft_config.items():
             require_low_rank(config, f"the model's adapter {name!r}")
-        switch = cls(peft.get_base_model())  # pyright: ignore[reportArgumentType]
-        switch.peft = peft
+        known = getattr(model.get_base_model(), KEPT_AS, None)
+        if known is not None and known.peft is model:
+            return known
+        switch = cls(model.get_base_model(), model)  # pyright: ignore[reportArgumentType]
         switch._settle()
         if any(layer.merged for layer in switch._layers):
             raise InputError("the model's adapter is merged into its base; call its unmerge_adapter() before loading")
@@ -223,10 +243,14 @@ class AdapterSwitch:
         self._trained[name] = list(self.parameters(name).values())
         self._settle()
 
+    def freeze(self) -> None:
+        """Nothing receives gradients but the adapters that are in training."""
+        self.model.requires_grad_(False)
+        self._settle()
+
     def _settle(self) -> None:
         """After adapters have come or gone, which makes PEFT choose one and let it train."""
-        assert self.peft is not None
-        self._layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers = _layers(self.model)
         for name in self.names:
             for weight in self.parameters(name).values():
                 weight.requires_grad_(name in self._trained)

@@ -298,7 +298,9 @@ def load_trunk(
     how: Any = None if pooling == "auto" else pooling
     body = load_pooled(model, tokenizer, pooling=how, dtype=dtype, device=device, name=name)
     limit = max_tokens if body.longest is None else min(max_tokens, body.longest)
-    return Trunk(_Base(body, limit, AdapterSwitch(body.model)), remember=remember)
+    switch = AdapterSwitch.of(body.model)
+    switch.freeze()
+    return Trunk(_Base(body, limit, switch), remember=remember)
 
 
 def _opening(tokenizer: Any) -> int:

@@ -26,7 +26,7 @@ from tiltlm.lm.heads import ValueHead
 from tiltlm.lm.kinds import backbone_of, reads_images
 from tiltlm.lm.sample import sample
 from tiltlm.lm.score import batches, completion_features, scatter
-from tiltlm.lm.stops import StopStrings
+from tiltlm.lm.stops import StopStrings, tokens_and_texts
 from tiltlm.lm.text import Reader, decode, encode
 from tiltlm.lm.walk import ModelWalk, redraw
 from tiltlm.protocols import Law
@@ -46,7 +46,7 @@ class Body:
     """A loaded model with what runs it: shared by the priors and policies that are views of it.
 
     Attributes:
-        eos: ids that end a completion.
+        eos: ids that end a completion, whatever its law.
         processor: transformers' processor, for a model that reads images.
         key: tells this body from any other of the process.
     """
@@ -126,7 +126,7 @@ class View:
                 prompts,
                 n,
                 self.law,
-                self.body.eos,
+                self.eos,
                 rng,
                 rows=self.rows,
                 stops=self.stops,
@@ -182,12 +182,19 @@ class View:
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether a completion of these tokens is over: by an end token, or by a stop string."""
         ids = [int(token) for token in ids]
-        return bool(ids) and (ids[-1] in self.body.eos or (self.stops is not None and self.stops.within(ids)))
+        return bool(ids) and (ids[-1] in self.eos or (self.stops is not None and self.stops.within(ids)))
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids that end a completion: the model's, and those of the law's stops that are special tokens."""
+        tokens, _ = tokens_and_texts(self.body.tokenizer, self.law.stop)
+        return tuple(dict.fromkeys((*self.body.eos, *tokens)))
 
     @property
     def stops(self) -> StopStrings | None:
         """What ends a completion besides an end token."""
-        return StopStrings(self.body.tokenizer, self.law.stop) if self.law.stop else None
+        _, texts = tokens_and_texts(self.body.tokenizer, self.law.stop)
+        return StopStrings(self.body.tokenizer, texts) if texts else None
 
     @property
     def identity(self) -> str:
@@ -236,7 +243,6 @@ class ModelPrior(View):
             seed: of the adapter's initial weights.
             values: give it a value head as well.
         """
-        head = ValueHead(self.body.backbone.width, seed).to(self.body.model.device) if values else None
         if self.law.top_k is not None:
             raise InputError(
                 f"top_k is {self.law.top_k}: a policy's top tokens are not the prior's, so that their KL is infinite; train "
@@ -245,7 +251,7 @@ class ModelPrior(View):
         if lora is None:
             if start is not None:
                 raise InputError(f"start is {start} with full fine-tuning; load the adapter into the model first")
-            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self, value_head=head)
+            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self, value_head=self._values(values, seed))
         switch = self.body.adapters
         if start is not None:
             adapter = switch.load(start)
@@ -254,7 +260,11 @@ class ModelPrior(View):
         else:
             adapter = switch.new(lora, self.body.name, seed)
         switch.train(adapter)
-        return ModelPolicy(**self._parts(self.body, adapter), prior=self, value_head=head)
+        return ModelPolicy(**self._parts(self.body, adapter), prior=self, value_head=self._values(values, seed))
+
+    def _values(self, wanted: bool, seed: int) -> ValueHead | None:
+        """A value head on the features as they are now: an adapter on the output layer, which is run whole, makes them logits."""
+        return ValueHead(self.body.backbone.width, seed).to(self.body.model.device) if wanted else None
 
     def critic(self, *, lora: LoRA | None = LoRA(), start: str | Path | None = None, seed: int = 0) -> ModelCritic:
         """A trainable Q-function on this model, whose law is this prior tilted by it; see `tiltlm.lm.critic`.
@@ -348,6 +358,11 @@ class ModelPolicy(View):
             heads = self.body.backbone.head, self.prior.body.backbone.head
             kl = scatter(token_kl(features, heads[0], prior_features, heads[1], self.law), mask, width)
         if "values" in needs and self.value_head is not None:
+            if self.value_head.inner.in_features != features.shape[-1]:
+                raise InputError(
+                    "another policy of this model has an adapter on the output layer, whose features are logits, and the values of this "
+                    "one are of hidden states; leave the output layer out of that one's targets"
+                )
             values = scatter(self.value_head(features), mask, width)
         return Forward(log_q, kl, values)
 
