@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -113,7 +113,10 @@ class Serving:
             stop=() if self.deaf else tuple(body["stop"]),
             adapter=self._priors.get(body["model"]),
         )
-        assert prior.body.eos == tuple(body["stop_token_ids"])
+        ends = tuple(body["stop_token_ids"])
+        assert set(prior.body.eos) <= set(ends)
+        if not self.deaf:
+            prior = replace(prior, body=replace(prior.body, eos=ends))
         tokens = torch.tensor([body["prompt"]])
         prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool), ("",))
         draws = prior.draw(prompts, body["n"], torch.Generator().manual_seed(body["seed"] % 2**63))

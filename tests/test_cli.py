@@ -155,7 +155,7 @@ class TestPrompts:
             ("latin.txt", b"caf\xe9", "prompts 'latin.txt' is not UTF-8 text"),
             ("odd.xyz", "the film", "prompts 'odd.xyz' is a .xyz file; use .txt, .jsonl"),
             ("empty.jsonl", "", "prompts 'empty.jsonl' is empty"),
-            ("broken.jsonl", "{", "prompts 'broken.jsonl' cannot be read as jsonl"),
+            ("broken.jsonl", "{", "line 1 of prompts 'broken.jsonl' is not JSON"),
             ("hole.jsonl", '{"prompt": "the film"}\n{"prompt": ""}', "prompt 2 is empty"),
             ("null.jsonl", '{"prompt": "the film"}\n{"prompt": null}', "prompt 2 is NoneType None; a prompt is"),
             ("number.jsonl", '{"prompt": 3}', "prompt 1 is int 3; a prompt is a text, or a list of messages"),

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import tiltlm as tl
 from tiltlm import data
+from tiltlm.augmentation.pairs import LabelSwap
 from tiltlm.data import leaks, parse_caption, preparation, read, sources
 from tiltlm.data.catalogue import all_sets, find_set
 from tiltlm.data.descriptions import paragraphs, read_descriptions, summaries
@@ -27,8 +29,10 @@ from tiltlm.data.sets.stories import stories
 from tiltlm.data.spec import SPLITS, DataSet, Tally, no_progress
 from tiltlm.data.split import SHINGLE, content_key, linked, near_duplicates, split_of
 from tiltlm.errors import InputError
-from tiltlm.workflow.inputs import read_prompts
+from tiltlm.reward_models.data import task_of
+from tiltlm.workflow.inputs import read_prompts, read_rows
 from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.references import require_references
 
 ENGLISH = """\
 Package: alpha
@@ -496,6 +500,13 @@ class TestReading:
                 {"prompt": "quest"},
                 "columns maps 'prompt' to 'quest', but mine.jsonl has the columns question, answer",
             ),
+            ("ragged.csv", {}, "data 'ragged.csv' cannot be read as csv .*Row #3: Expected 2 columns, got 1"),
+            ("twice.csv", {}, "data 'twice.csv' has the column 'prompt' twice; rename one"),
+            ("latin.csv", {}, "data 'latin.csv' is not UTF-8 text"),
+            ("half.jsonl", {}, "line 3 of data 'half.jsonl' is not JSON .*; write an object a line"),
+            ("lists.jsonl", {}, r"line 2 of data 'lists.jsonl' is \['b'\]; write an object"),
+            ("texts.json", {}, "item 1 of data 'texts.json' is 'a'; write an object"),
+            ("open.json", {}, "line 2 of data 'open.json' is not JSON .*; write a list of objects"),
             ("mine.csv", {}, "column is 'prompt', but mine.csv has the columns question, answer"),
             ("mine.jsonl[9:]", {}, r"data 'mine.jsonl\[9:\]' has no rows; give at least one of the 5"),
             ("holes.jsonl", {"reference": "answer"}, "row 2 of holes.jsonl has no reference"),
@@ -510,6 +521,13 @@ class TestReading:
     def test_what_cannot_be_read(self, mine, monkeypatch, source, columns, message):
         monkeypatch.chdir(mine.parent)
         Path("empty.csv").write_text("")
+        Path("ragged.csv").write_text("prompt,answer\na,1\nb\n")
+        Path("twice.csv").write_text("prompt,prompt\na,1\n")
+        Path("latin.csv").write_bytes("prompt\né\n".encode("latin-1"))
+        Path("half.jsonl").write_text('{"prompt": "a"}\n\n{"prompt":\n')
+        Path("lists.jsonl").write_text('{"prompt": "a"}\n["b"]\n')
+        Path("texts.json").write_text('["a", "b"]')
+        Path("open.json").write_text('[{"prompt": "a"},\n{"prompt": }]')
         Path("holes.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": null}\n')
         Path("good.png").write_bytes(picture())
         Path("bad.png").write_bytes(picture()[:40])
@@ -518,6 +536,94 @@ class TestReading:
         Path("numbers.jsonl").write_text('{"prompt": "a", "image": 7}\n')
         with pytest.raises(InputError, match=message):
             read(source, columns)
+
+    def test_a_file_says_what_it_says(self, tmp_path):
+        file = tmp_path / "mine.csv"
+        lines = [
+            "\ufeffprompt,answer",
+            "Code?,NA",
+            '"Bond,\r\n number?",007',
+            "Zip?,01234",
+            "Nothing?,None",
+            "Blank?,",
+            "",
+        ]
+        file.write_bytes("\r\n".join(lines).encode())
+        answers = ["NA", "007", "01234", "None", ""]
+        assert [dict(row) for row in read(file)] == [
+            {"prompt": prompt, "answer": answer}
+            for prompt, answer in zip(
+                ["Code?", "Bond,\r\n number?", "Zip?", "Nothing?", "Blank?"], answers, strict=True
+            )
+        ]
+        with pytest.raises(InputError, match=r"row 5 of .* has no reference \(''\)"):
+            read(file, {"reference": "answer"})
+        long = "x" * 3_000_000
+        file.write_text(f"prompt,answer\n{long},1\n")
+        assert read(file)["prompt"][0] == long
+
+    @pytest.mark.parametrize("kind", [".jsonl", ".json", "list"])
+    def test_json_stays_what_it_is(self, tmp_path, kind):
+        rows = [
+            {"prompt": "when?", "answer": "2024-01-02", "n": 1, "any": 1, "meta": {"x": 1}},
+            {
+                "prompt": "and\u2028now?\x85",
+                "answer": "2024-01-02T03:04:05",
+                "n": None,
+                "any": "a",
+                "meta": {"y": [2, "z"]},
+            },
+            {"prompt": "never", "answer": "NA", "n": 3, "any": None, "meta": None, "late": "007"},
+        ]
+        file = tmp_path / f"rows{kind if kind.startswith('.') else '.json'}"
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text(
+            "[" + ",\n".join(lines) + "]" if kind == "list" else "\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8"
+        )
+        assert [dict(row) for row in read(file)] == [{**row, "late": row.get("late")} for row in rows]
+
+    def test_one_object_over_several_lines(self, tmp_path):
+        (tmp_path / "one.json").write_text(json.dumps({"prompt": "a", "n": 1}, indent=1))
+        assert list(read(tmp_path / "one.json")) == [{"prompt": "a", "n": 1}]
+
+    def test_lines_end_at_line_feeds(self, tmp_path):
+        file = tmp_path / "mine.txt"
+        file.write_bytes("\ufefffirst\u2028goes on\r\n\nsecond\x0cpage\x85\rstill\nthird \n\n \n".encode())
+        lines = ["first\u2028goes on", "", "second\x0cpage\x85\rstill", "third "]
+        assert read_prompts(str(file), "prompt") == lines
+        assert read(file)["prompt"][:] == lines
+
+    def test_numbers_are_made_by_who_needs_them(self, tmp_path):
+        file = tmp_path / "rows.csv"
+        file.write_text("prompt,completion,score,label\na,b,0.5,1\nc,d,-2,0\n")
+        rows = read_rows(str(file))
+        assert task_of(rows).target.tolist() == [0.5, -2.0]
+        assert task_of(rows, "classification").classes == ("0", "1")
+        file.write_text("prompt,chosen,rejected,margin\na,b,c,0.5\nc,d,e,\n")
+        assert task_of(read_rows(str(file))).margin.tolist() == [0.5, 0.0]
+        file.write_text("first,second,label\na,b,0.25\n")
+        swapped = LabelSwap()(read_rows(str(file)), [])
+        assert swapped == [[{"first": "b", "second": "a", "label": 0.75}]]
+
+    @pytest.mark.parametrize(
+        ("text", "made", "message"),
+        [
+            ("completion,score\na,1\nb,high\n", task_of, "row 2 has score 'high', which is not a number"),
+            ("completion,score\na,1\nb,\n", task_of, "row 2 has score '', which is not a number"),
+            ("completion,label\na,x\nb,y\nc,\n", task_of, "row 3 has no label"),
+            ("first,second,label\na,b,1\nb,c,first\n", lambda r: LabelSwap()(r, []), "row 2 has label 'first'"),
+            ("first,second,label\na,b,nan\n", lambda r: LabelSwap()(r, []), "row 1 has label 'nan'"),
+            (
+                "prompt,plus\na,1\nb,one\n",
+                lambda r: require_references([tl.rewards.Length(most=3).offset("plus")], r, "rows.csv"),
+                "row 2 of rows.csv: column 'plus' holds 'one', which is not a number",
+            ),
+        ],
+    )
+    def test_a_text_that_is_no_number_is_named_by_its_row(self, tmp_path, text, made, message):
+        (tmp_path / "rows.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            made(read_rows(str(tmp_path / "rows.csv")))
 
     def test_sources(self, tmp_path):
         assert address("data:quiz") == address("data:quiz[:]")

@@ -556,6 +556,11 @@ class TestAnswerFile:
         assert AnswerFile(file).into(session) == 0
         assert dict(session.answers) == {0: "first", 3: "tie"}
 
+    def test_a_line_ends_at_a_line_feed_alone(self, session, tmp_path):
+        file = tmp_path / "a.jsonl"
+        file.write_text('{"question": 0, "prompt": "a\u2028b\x85", "answer": "1"}\n', encoding="utf-8")
+        assert AnswerFile(file).into(session) == 1
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [

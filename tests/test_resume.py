@@ -1,6 +1,8 @@
 """A run that was killed goes on to the very weights that it would have had."""
 
+import datetime
 import errno
+import hashlib
 import json
 import os
 import re
@@ -8,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -21,6 +25,8 @@ from kill_and_resume import EVERY, PROMPTS, STEPS, scenarios, shortness
 from tiltlm.cli.main import run as run_program
 from tiltlm.inference import checkpoint
 from tiltlm.lm.load import load
+from tiltlm.records import Prompts
+from tiltlm.store import load_scored, save_scored
 
 SEED = 20240
 NAMES = tuple(scenarios(1.0, SEED))
@@ -237,6 +243,104 @@ def test_other_settings_are_refused_and_nothing_is_touched(run, changes, field):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def answered(prompts, completions, answer, **_):
+    return [float(letter in text) for letter, text in zip(answer, completions, strict=True)]
+
+
+NOTHING = Prompts(torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool), ())
+
+
+def about(**columns):
+    return [{"prompt": text, "id": 1, **{k: v[n] for k, v in columns.items()}} for n, text in enumerate(PROMPTS)]
+
+
+def rewarded(reward):
+    return target().prior * tl.Reward(reward, beta=0.2)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged")
+    train(out, about(answer=["a"] * len(PROMPTS)), on=rewarded(answered), steps=2)
+    return out
+
+
+class TestColumns:
+    """Rewards read them, so a run with other values in them is another run."""
+
+    @pytest.fixture
+    def run(self, judged, tmp_path):
+        return Path(shutil.copytree(judged, tmp_path / "run"))
+
+    @pytest.mark.parametrize(
+        ("rows", "column"),
+        [
+            (about(answer=["a"] * (len(PROMPTS) - 1) + ["b"]), "answer"),
+            (about(answer=["a"] * len(PROMPTS), more=[0] * len(PROMPTS)), "more"),
+            (about(answer=[["a"]] * len(PROMPTS), id=["1"] * len(PROMPTS)), "answer, id"),
+        ],
+    )
+    def test_other_values_are_refused_by_their_columns_name(self, run, rows, column):
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        says = f"of another run: its prompts have other values in the column {column}; resume with the same data, or choose"
+        with pytest.raises(tl.InputError, match=says):
+            train(run, rows, on=rewarded(answered), steps=2, resume=True)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    def test_a_mended_reward_of_the_same_name_goes_on(self, run):
+        def mended(prompts, completions, answer, **_):
+            return [float(letter in text) for letter, text in zip(answer, completions, strict=True)]
+
+        mended.__name__ = answered.__name__
+        train(run, about(answer=["a"] * len(PROMPTS)), on=rewarded(mended), steps=2, resume=True)
+
+    def test_a_checkpoint_that_knows_no_columns_goes_on(self, run):
+        file, listed = (state(run, 2).with_name(name) for name in ("state.json", "manifest.json"))
+        values, manifest = json.loads(file.read_text()), json.loads(listed.read_text())
+        del values["identity"]["columns"]
+        file.write_text(json.dumps(values))
+        manifest["sha256"]["state.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        listed.write_text(json.dumps(manifest))
+        train(run, about(answer=["b"] * len(PROMPTS)), on=rewarded(answered), steps=2, resume=True)
+
+    def test_any_value_has_a_hash_that_another_process_finds_too(self, tmp_path):
+        made = (
+            "import datetime, numpy, torch; from PIL import Image; from tiltlm.records import Prompts; "
+            "columns = {'a': (numpy.int64(4), b'x', datetime.date(2024, 1, 2), object()), 'b': ({1: 'a', 'k': {'x', 'y', 'z'}},), "
+            "'c': (numpy.arange(5000), numpy.array(['x', None]), torch.arange(3), torch.ones(()).bfloat16()), "
+            "'d': (Image.new('RGB', (2, 2)),)}; "
+            "print(Prompts(torch.zeros(0, 0), torch.zeros(0, 0), (), columns).column_fingerprints())"
+        )
+        said = {
+            subprocess.run(
+                [sys.executable, "-c", made],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, "PYTHONHASHSEED": seed},
+            ).stdout
+            for seed in "12"
+        }
+        assert len(said) == 1
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (4, "4"),
+            (4, np.int64(4)),
+            ((1,), [1]),
+            ({1: "a"}, {"1": "a"}),
+            (np.arange(5000), np.where(np.arange(5000) == 2500, 0, np.arange(5000))),
+            (torch.zeros(2), torch.zeros(2, dtype=torch.long)),
+            ("a, b", "a,b"),
+        ],
+    )
+    def test_and_another_one_for_another_value(self, one, other):
+        hashes = [replace(NOTHING, columns={"a": (value,)}).column_fingerprints()["a"] for value in (one, other)]
+        assert hashes[0] != hashes[1]
+        assert replace(NOTHING, columns={"a": (one,)}).column_fingerprints()["a"] == hashes[0]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -328,3 +432,50 @@ def test_ctrl_c_exits_with_130_and_a_run_that_can_go_on(tmp_path, monkeypatch):
     assert end.value.code == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "run" / "policy" / "adapter_model.safetensors").is_file()
+
+
+class TestStoredDraws:
+    """What a later command asks of stored draws, it has to ask with the values that the first one had."""
+
+    ROWS = (
+        {
+            "prompt": "the film",
+            "answer": np.int64(4),
+            "when": datetime.date(2024, 1, 2),
+            "raw": b"\x89",
+            "of": (1, {1: "a"}),
+        },
+        {"prompt": "good", "answer": np.int64(5), "when": datetime.date(2024, 1, 3), "raw": b"", "of": (2, {2: "b"})},
+    )
+
+    def test_a_reward_sees_the_same_columns(self, tmp_path):
+        seen = []
+
+        def gold(completions, answer, when, raw, of, **_):
+            seen.append(list(zip(answer, when, raw, of, strict=True)))
+            return [float(number) for number in answer]
+
+        whole = target().prior * tl.Reward(gold, beta=1.0)
+        prompts = whole.prior.encode(self.ROWS)
+        scored = whole.score(whole.prior.draw(prompts, 2, torch.Generator().manual_seed(0)))
+        save_scored(scored, tmp_path, "key")
+        again = load_scored(tmp_path, "key", prompts)
+        whole.score(again.draws)
+        assert seen[0] == seen[1]
+        assert [[type(value) for value in row] for row in seen[0]] == [
+            [type(value) for value in row] for row in seen[1]
+        ]
+        assert again.log_evidence.equal(scored.log_evidence)
+        assert again.draws.texts == scored.draws.texts
+        assert load_scored(tmp_path, "another", prompts) is None
+
+    def test_draws_that_were_stored_with_their_prompts_are_still_read(self, tmp_path):
+        whole = target()
+        prompts = whole.prior.encode(self.ROWS)
+        scored = whole.score(whole.prior.draw(prompts, 2, torch.Generator().manual_seed(0)))
+        save_scored(scored, tmp_path, "key")
+        file = tmp_path / "draws.json"
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "prompts": ["x", "y"], "columns": {"answer": ["4", "5"]}})
+        )
+        assert load_scored(tmp_path, "key", prompts).draws.prompts is prompts

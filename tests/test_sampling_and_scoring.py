@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import tiltlm as tl
+from tiltlm.lm.given import demonstrations
 from tiltlm.lm.head import Head, apply_law
 from tiltlm.lm.load import load
 from tiltlm.lm.sample import next_token, pick
 from tiltlm.protocols import Law
 from tiltlm.testing import fixture_b
+from tiltlm.workflow.recipe import Recipe
 
 PROMPTS = ["the film", "a quiet story of two friends who", "good"]
 
@@ -126,6 +128,71 @@ def test_stop_strings_end_a_completion(llama, tokenizer, rng):
     for text, ended in zip(draws.texts, draws.ended.tolist(), strict=True):
         assert "o" not in text[:-2]
         assert ended or "o" not in text
+
+
+class TestStops:
+    """A stop is a text, or a special token, which decoding leaves out of every text."""
+
+    def test_a_text_alone_is_one_stop(self, llama, tokenizer):
+        one = load(llama, tokenizer).prior(stop="END")
+        assert one.law == Law(stop="END") == Law(stop=["END"]) == Law(stop=("END",))
+        assert one.law.stop == ("END",)
+        assert hash(Law(stop=["a", "b"])) == hash(Law(stop=("a", "b")))
+        with pytest.raises(ValueError, match="an empty text is in every completion"):
+            Law(stop="")
+
+    def test_a_recipe_says_the_same(self):
+        known = {"model": "m", "prompts": "p.txt", "reward": "r.py:f", "beta": 1.0}
+        assert Recipe.model_validate({**known, "stop": "END"}).stop == ["END"]
+        assert Recipe.model_validate({**known, "stop": ["a", "b"]}).stop == ["a", "b"]
+        with pytest.raises(ValueError, match="an empty text is in every completion"):
+            Recipe.model_validate({**known, "stop": ["a", ""]})
+
+    @pytest.mark.parametrize("stop", ["<s>", ("<s>", "zq")])  # the tokenizer's BOS; </s> is what ends
+    def test_a_special_token_ends_what_is_drawn_scored_and_walked(self, llama, tokenizer, rng, stop):
+        lm = load(llama, tokenizer)
+        prior, free = lm.prior(max_new_tokens=30, stop=stop), lm.prior(max_new_tokens=30)
+        assert (prior.eos, free.eos, lm.body.eos) == ((1, 0), (1,), (1,))
+        prompts = prior.encode(PROMPTS)
+        drawn = [prior.draw(prompts, 60, rng), prior.policy().draw(prompts, 60, rng)]
+        drawn.append(prior.redraw(drawn[0], torch.ones(180, dtype=torch.long).where(drawn[0].lengths > 1, 0), rng))
+        for draws in drawn:
+            last = draws.tokens.gather(-1, draws.lengths[:, None] - 1).flatten()
+            assert {0, 1} <= set(last[draws.ended].tolist())
+            assert torch.isin(last, torch.tensor([0, 1])).equal(draws.ended)
+            before = draws.mask & (torch.arange(draws.tokens.shape[1]) < draws.lengths[:, None] - 1)
+            assert (draws.tokens[before] > 1).all()
+            assert not any("<s>" in text for text in draws.texts)
+        torch.testing.assert_close(rescored(prior, drawn[0]), drawn[0].log_q, atol=1e-5, rtol=1e-4)
+        ids = [row[keep].tolist() for row, keep in zip(drawn[0].tokens, drawn[0].mask, strict=True)]
+        assert prior.complete(prompts, drawn[0].prompt_index, ids).ended.equal(drawn[0].ended)
+        assert prior.ends([40, 0])
+        assert not free.ends([40, 0])
+        assert not prior.ends([40])
+
+    def test_added_tokens_and_given_completions(self):
+        from conftest import make_model, make_tokenizer
+
+        tokenizer = make_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        tokenizer.add_tokens(["<plain>"])
+        number, plain = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<plain>"])
+        prior = load(make_model("llama", vocab=len(tokenizer)), tokenizer).prior(max_new_tokens=30, stop=["<|im_end|>"])
+        assert prior.eos == (1, number)
+        rows = [{"prompt": "the film", "completion": text} for text in ("good", "good<|im_end|> and more")]
+        given = demonstrations(prior, rows).draws
+        assert given.ended.all()
+        assert given.texts == ("good", "good")
+        assert [int(ids[keep][-1]) for ids, keep in zip(given.tokens, given.mask, strict=True)] == [number] * 2
+        told = replace(prior, law=replace(prior.law, stop=("<plain>",)))
+        assert told.eos == (1,)
+        assert told.ends([40, plain])  # decoding shows it, so that it is a text
+
+    def test_a_special_token_within_a_text_could_end_nothing(self, llama, tokenizer):
+        with pytest.raises(
+            tl.InputError, match=r"stop is '</s>\\n', in which '</s>' is a special token.*; give '</s>' alone"
+        ):
+            load(llama, tokenizer).prior(stop="</s>\n")
 
 
 def test_pick_inverts_the_distribution_function():

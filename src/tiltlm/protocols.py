@@ -30,7 +30,8 @@ class Law:
         max_new_tokens: longest completion, the EOS included.
         temperature: divides the logits.
         top_k: keep only the k most probable tokens, renormalised; None keeps all.
-        stop: texts that end a completion as soon as it contains one of them.
+        stop: texts that end a completion as soon as it contains one of them; one text alone may be given as it is. What is one of
+            the tokenizer's special tokens, such as "<|im_end|>", ends it as that token does, which is in no completion's text.
     """
 
     max_new_tokens: int = 64
@@ -39,6 +40,9 @@ class Law:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not all(self.stop):
+            raise ValueError(f"stop is {self.stop}; an empty text is in every completion, leave it out")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 < self.temperature < float("inf"):

@@ -1,4 +1,4 @@
-"""Scored draws on disk, so that a later command need not draw them again."""
+"""Scored draws on disk, so that a later command need not draw them again. Prompts are not stored: whoever asks for draws has theirs."""
 
 from __future__ import annotations
 
@@ -61,40 +61,34 @@ def scored_of(tensors: Mapping[str, Tensor], values: Mapping[str, Any], prompts:
 
 
 def save_scored(scored: Scored, folder: Path, key: str) -> None:
-    """Write scored draws; `key` says what they are draws of. A reader never sees half of them."""
-    prompts = scored.draws.prompts
+    """Write scored draws without their prompts; `key` says what they are draws of. A reader never sees half of them.
+
+    Columns may hold anything, and JSON would give back something else (of a number of numpy's a text): a reward that is asked
+    again has to see the very values that it saw before.
+    """
     tensors, values = tensors_of(scored)
-    tensors |= {"prompts.tokens": prompts.tokens, "prompts.mask": prompts.mask}
-    tensors |= {
-        f"inputs.{place}.{name}": tensor.contiguous()
-        for name, parts in prompts.inputs.items()
-        for place, tensor in enumerate(parts)
-    }
-    values |= {"key": key, "prompts": prompts.texts, "columns": prompts.columns}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "draws.json").unlink(missing_ok=True)
         save_file(tensors, folder / "draws.safetensors")
         partial = folder / "draws.json.tmp"
-        partial.write_text(json.dumps(values, default=str))
+        partial.write_text(json.dumps(values | {"key": key}))
         os.replace(partial, folder / "draws.json")  # last, so that its presence means that all is there
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder} cannot be written ({reason}); make room or choose another out folder") from error
 
 
-def load_scored(folder: Path, key: str) -> Scored | None:
-    """Scored draws that were saved under the same key, or None."""
+def load_scored(folder: Path, key: str, prompts: Prompts) -> Scored | None:
+    """Scored draws that were saved under the same key, or None.
+
+    Args:
+        prompts: what they are draws for; the key has to tell them, with their columns, from any others.
+    """
     try:
         values: dict[str, Any] = json.loads((folder / "draws.json").read_text())
         if values["key"] != key:
             return None
-        tensors = load_file(folder / "draws.safetensors")
+        return scored_of(load_file(folder / "draws.safetensors"), values, prompts)
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    texts = tuple(t if isinstance(t, str) else tuple(t) for t in values["prompts"])
-    columns = {name: tuple(column) for name, column in values["columns"].items()}
-    named = sorted({key.split(".", 2)[2] for key in tensors if key.startswith("inputs.")})
-    inputs = {name: tuple(tensors[f"inputs.{place}.{name}"] for place in range(len(texts))) for name in named}
-    prompts = Prompts(tensors["prompts.tokens"], tensors["prompts.mask"].bool(), texts, columns, inputs=inputs)
-    return scored_of(tensors, values, prompts)

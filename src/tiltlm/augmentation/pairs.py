@@ -44,10 +44,22 @@ class LabelSwap:
                 f"row {number} has the columns {', '.join(row) or 'none'}, but label-swap needs first, second and label; rows of "
                 f"chosen and rejected have no order, leave it out"
             )
-        label = row["label"]
-        if isinstance(label, bool) or not isinstance(label, int | float) or not 0 <= label <= 1:
-            raise InputError(f"row {number} has label {label!r}; give the probability that first is better, in [0, 1]")
+        label = _probability(row["label"])
+        if label is None:
+            raise InputError(
+                f"row {number} has label {row['label']!r}; give the probability that first is better, in [0, 1]"
+            )
         return {**row, "first": row["second"], "second": row["first"], "label": 1 - label}
+
+
+def _probability(value: Any) -> float | None:
+    """A number in [0, 1], which a CSV has as a text; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    is_one = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1
+    return number if is_one else None
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,18 @@
 | `data:quiz`, `data:quiz/test` | a set that `tiltlm data` prepares; train by default |
 | `hub:owner/name`, `hub:owner/name/test` | a data set of the hub |
 | any of these and `[10:74]`, `[:64]`, `[-64:]` | some of the rows |
+
+What a file says is what is read. A CSV has texts in all its columns: "NA" and "007" are answers, and an empty cell is an empty
+text; who needs numbers makes them. In JSON a text that looks like a date is a text. Lines end at a line feed and nowhere else.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +28,6 @@ from tiltlm.errors import InputError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-KINDS = ", ".join([".txt", *LOADERS])
 SLICE = re.compile(r"(?P<body>.+)\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 NAMED = re.compile(r"(?P<kind>data|hub):(?P<name>.+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -116,16 +118,13 @@ def read(
 
 
 def read_lines(path: Path, what: str = "prompts") -> list[str]:
-    """The lines of a text file, without empty ones at its end.
+    """The lines of a text file, without empty ones at its end. A line ends at a line feed; other breaks are in the text.
 
     Raises:
         InputError: if it is missing, empty or not UTF-8.
     """
     _require_file(path, what)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} {str(path)!r} is not UTF-8 text ({error.reason}); convert it") from error
+    lines = _lines(_text(path, what))
     if not any(line.strip() for line in lines):
         raise InputError(f"{what} {str(path)!r} is empty; write one prompt a line")
     while lines and not lines[-1].strip():
@@ -139,8 +138,6 @@ def table(path: Path, what: str = "prompts") -> Dataset:
     Raises:
         InputError: if it is missing, empty, of an unknown kind or does not parse.
     """
-    import datasets
-
     _require_file(path, what)
     if path.suffix not in LOADERS:
         raise InputError(f"{what} {str(path)!r} is a {path.suffix or 'nameless'} file; use {KINDS}")
@@ -148,14 +145,114 @@ def table(path: Path, what: str = "prompts") -> Dataset:
         raise InputError(f"{what} {str(path)!r} is empty; give at least one row")
     _quieten()
     try:
-        return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps parser errors in many types
+        rows = LOADERS[path.suffix](path, what)
+    except InputError:
+        raise
+    except Exception as error:  # datasets and pyarrow wrap parser errors in many types
         reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:
-            raise InputError(f"{what} {str(path)!r} has no rows; give at least one") from error
         raise InputError(
             f"{what} {str(path)!r} cannot be read as {path.suffix[1:]} ({reason[:200]}); mend it"
         ) from error
+    if not len(rows):
+        raise InputError(f"{what} {str(path)!r} has no rows; give at least one")
+    return rows
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {str(path)!r} is not UTF-8 text ({error.reason}); convert it") from error
+
+
+def _lines(text: str) -> list[str]:
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _csv(path: Path, what: str) -> Dataset:
+    """All columns as texts, as they stand."""
+    import datasets
+    import pyarrow
+    from pyarrow import csv
+
+    data = _text(path, what).encode()
+    wide: dict[str, Any] = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
+    wide |= {"read_options": csv.ReadOptions(block_size=len(data) + 1)}  # no row may be longer than a block
+    names = csv.open_csv(io.BytesIO(data), **wide).schema.names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{what} {str(path)!r} has the column {twice!r} twice; rename one of them")
+    kinds: Any = dict.fromkeys(names, pyarrow.string())
+    texts = csv.ConvertOptions(column_types=kinds, strings_can_be_null=False)
+    return datasets.Dataset(csv.read_csv(io.BytesIO(data), convert_options=texts, **wide))
+
+
+def _json(path: Path, what: str) -> Dataset:
+    """An object a line, or a list of objects, or (in .json) one object."""
+    from datasets import Dataset
+
+    text = _text(path, what)
+    rows = _whole_json(text, path, what)
+    rows = _json_lines(text, path, what) if rows is None else rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")  # which keeps values of several types as they are
+
+
+def _whole_json(text: str, path: Path, what: str) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON value; None where it is to be read line by line."""
+    is_list = text.lstrip().startswith("[")
+    if not is_list and path.suffix != ".json":
+        return None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not is_list:
+            return None
+        raise InputError(
+            f"line {error.lineno} of {what} {str(path)!r} is not JSON ({error.msg}); write a list of objects, or mend it"
+        ) from error
+    rows = found if is_list else [found]
+    for number, row in enumerate(rows, 1):
+        _require_object(row, f"item {number} of {what} {str(path)!r}")
+    return rows
+
+
+def _json_lines(text: str, path: Path, what: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"line {number} of {what} {str(path)!r} is not JSON ({error.msg}); write an object a line, or mend it"
+            ) from error
+        _require_object(row, f"line {number} of {what} {str(path)!r}")
+        rows.append(row)
+    return rows
+
+
+def _require_object(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is {row!r:.60}; write an object with the columns' names")
+
+
+def _parquet(path: Path, what: str) -> Dataset:
+    import datasets
+
+    return datasets.load_dataset("parquet", data_files=str(path), split="train")
+
+
+LOADERS: Mapping[str, Callable[[Path, str], Dataset]] = {
+    ".jsonl": _json,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+"""(file, its role) -> its rows, by the kinds of tables that files hold."""
+KINDS = ", ".join([".txt", *LOADERS])
 
 
 def _rows(at: Address, split: str | None, what: str) -> Dataset:

@@ -124,7 +124,13 @@ class Column(Part):
         return (self.column,)
 
     def score(self, texts: Sequence[str], **columns: Sequence[Any]) -> list[float]:
-        return [float(value) for value in columns[self.column]]
+        return [self._number(value) for value in columns[self.column]]
+
+    def _number(self, value: Any) -> float:
+        try:
+            return float(value)  # of a CSV it is a text
+        except (TypeError, ValueError) as error:
+            raise InputError(f"column {self.column!r} holds {value!r:.60}, which is not a number; mend it") from error
 
 
 def named_parts(reward: TextFunction) -> list[Part]:

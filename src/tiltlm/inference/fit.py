@@ -300,6 +300,7 @@ class _Loop:
         return {
             "model": self.policy.fingerprint(),
             "prompts": self.prompts.fingerprint(),
+            "columns": self.prompts.column_fingerprints(),
             "law": str(self.policy.law),
             "beta": self.target.beta,
             "evidence": getattr(self.target.evidence, "identity", ""),
@@ -333,6 +334,21 @@ class _Loop:
         saved = checkpoint.Checkpoint(step, tensors, values)
         checkpoint.write(self.out / "checkpoints", saved, world=self.world)
 
+    def _require_same_columns(self, identity: dict[str, Any], folder: Path) -> None:
+        """Rewards read the columns, and what is kept of earlier steps, such as replayed draws, was judged by them.
+
+        The reward's code is not looked at: it may be mended between two runs. Nor are the columns of a checkpoint that does not
+        know them, which an earlier version wrote.
+        """
+        now = self.prompts.column_fingerprints()
+        before = identity.get("columns", now)
+        other = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if other:
+            raise InputError(
+                f"the checkpoint in {folder} is of another run: its prompts have other values in the column {', '.join(other)}; "
+                f"resume with the same data, or choose another out folder"
+            )
+
     def _restore(self, monitor: Monitor, resume: bool) -> int:
         if self.out is None:
             if resume:
@@ -348,11 +364,12 @@ class _Loop:
             return 0
         for name, value in self._identity().items():
             before = saved.values["identity"].get(name)
-            if before != value:
+            if before != value and name != "columns":
                 raise InputError(
                     f"the checkpoint in {folder} is of another run: its {name} is {before!r}, now it is {value!r}; resume with "
                     f"the same settings, or choose another out folder"
                 )
+        self._require_same_columns(saved.values["identity"], folder)
         with getattr(self.policy, "training", nullcontext)():
             self.optimiser.restore(saved.tensors)
         for name, value in self._buffers().items():

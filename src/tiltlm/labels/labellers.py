@@ -75,7 +75,7 @@ class AnswerFile:
             InputError: naming the line and what is wrong with it.
         """
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            lines = self.file.read_text(encoding="utf-8").split("\n")  # texts may have other breaks
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"answers {str(self.file)!r} cannot be read ({error}); give a file of JSON lines"

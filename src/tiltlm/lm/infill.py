@@ -153,7 +153,7 @@ def infiller(model: str | Path | MaskedLM, prior: View) -> Infilling:
     """A masked language model that fills gaps in completions of `prior`; `model` is loaded if it is not yet."""
     masked = model if isinstance(model, MaskedLM) else load_masked_lm(model)
     size = prior.body.model.config.get_text_config().vocab_size
-    return Infilling(masked, prior.body.tokenizer, prior.body.eos, size)
+    return Infilling(masked, prior.body.tokenizer, prior.eos, size)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase) -> dict[int, Piece]:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from tiltlm.lm.adapters import AdapterSwitch
 from tiltlm.lm.generators.protocol import Generator
 from tiltlm.lm.kinds import backbone_of, class_of, processor_of
 from tiltlm.lm.scratch import efficientnet_lite  # noqa: F401  folders with this encoder load
+from tiltlm.lm.stops import tokens_and_texts
 from tiltlm.lm.view import Body, ModelPrior
 from tiltlm.protocols import Law
 
@@ -66,7 +68,7 @@ class LanguageModel:
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         top_k: int | None = None,
-        stop: tuple[str, ...] = (),
+        stop: str | Sequence[str] = (),
         chat: bool | None = None,
         column: str = "prompt",
         image: str = "image",
@@ -86,7 +88,8 @@ class LanguageModel:
             rows: most completions in the model at a time.
             generator: draws completions for the prior and its policies, such as `VLLM()` or `VLLMServer("http://host:8000")`.
         """
-        law = Law(max_new_tokens, temperature, top_k, tuple(stop))
+        law = Law(max_new_tokens, temperature, top_k, (stop,) if isinstance(stop, str) else tuple(stop))
+        tokens_and_texts(self.body.tokenizer, law.stop)  # refuses here what could end no completion
         active = self.adapter if adapter is None else self.body.adapters.load(adapter)
         if chat and self.body.templater.chat_template is None:
             raise InputError(f"chat is on, but {self.body.name} has no chat template; use an instruction-tuned model")
@@ -124,7 +127,7 @@ def load(
         if tokenizer is None:
             raise InputError("tokenizer is missing: a model in memory comes with its tokenizer, load(model, tokenizer)")
         return _assemble(model, tokenizer, _name_of(model), processor)
-    path = Path(model)
+    path = Path(model).expanduser()
     if (path / "adapter_config.json").is_file():
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if not base:
@@ -180,14 +183,14 @@ def load_as(
 def _assemble(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str, processor: Any
 ) -> LanguageModel:
-    switch = AdapterSwitch.adopt(model) if isinstance(model, PeftModel) else AdapterSwitch(model)
+    switch = AdapterSwitch.of(model)
     base = switch.model
-    base.requires_grad_(False).eval()
-    adapter = switch.names[0] if switch.names else None
-    if isinstance(model, PeftModel):
-        adapter = str(model.active_adapter)
-        model.eval()
+    adapter = str(model.active_adapter) if isinstance(model, PeftModel) else None
+    model.eval()
+    switch.freeze()
+    switch.activate(adapter)
     backbone, eos = backbone_of(base), _eos_ids(base, tokenizer)
+    backbone.require_own_law()
     return LanguageModel(Body(base, tokenizer, backbone, switch, eos, name, processor), adapter)
 
 

@@ -1,4 +1,4 @@
-"""Stop strings, looked for where a new token can have completed one."""
+"""What ends a completion besides its end token: stop strings, looked for where a new token can have completed one, and special tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,34 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tiltlm.errors import InputError
+
 BROKEN = "\ufffd"
 """What a token decodes to that holds a part of a character."""
+
+
+@lru_cache(maxsize=8)
+def tokens_and_texts(tokenizer: Any, stops: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Stops as ids of special tokens and as texts to look for: texts are decoded without special tokens, and would never show one.
+
+    Raises:
+        InputError: for a stop with a special token and something else, which no text can have.
+    """
+    special = _special_tokens(tokenizer) if stops else {}
+    for stop in stops:
+        within = next((token for token in special if token in stop), None)
+        if within is not None and stop not in special:
+            raise InputError(
+                f"stop is {stop!r}, in which {within!r} is a special token, and texts are looked at without those; give {within!r} alone"
+            )
+    return tuple(special[stop] for stop in stops if stop in special), tuple(s for s in stops if s not in special)
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The ids of the tokens that decoding leaves out, by their texts."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return named | {str(token): number for number, token in added.items() if token.special}
 
 
 @dataclass(frozen=True)

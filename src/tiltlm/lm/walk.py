@@ -89,7 +89,7 @@ class ModelWalk:
         self._tokens[rows, place] = new
         self._log_q[rows, place] = log_probs[rows.to(log_probs.device), new.to(log_probs.device)].cpu()
         self._lengths = self._lengths + live.long()
-        self._ended[rows] = torch.isin(new, torch.tensor(self._view.body.eos, dtype=torch.long)) | self._stopped(rows)
+        self._ended[rows] = torch.isin(new, torch.tensor(self._view.eos, dtype=torch.long)) | self._stopped(rows)
         self._seen = torch.cat([self._seen, live[:, None].to(self._seen.device)], dim=-1)
         self._pending, self._known = tokens[:, None], None
 

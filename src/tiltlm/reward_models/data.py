@@ -140,6 +140,9 @@ def _judged(rows: Sequence[Mapping[str, Any]], kind: Kind, column: str, classes:
         target = [_number(value, "score", number) for number, value in enumerate(values, 1)]
     else:
         names = [str(value) for value in values]
+        blank = next((n for n, name in enumerate(names, 1) if not name.strip()), None)  # an empty cell of a CSV
+        if blank is not None:
+            raise InputError(f"row {blank} has no label ({names[blank - 1]!r}); give one, or leave the row out")
         classes = classes or tuple(sorted(set(names)))  # in the order of their names
         if len(classes) < 2:
             raise InputError(f"all {len(rows)} rows have the label {names[0]!r}; a classifier needs at least two")

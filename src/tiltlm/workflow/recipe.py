@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     chat: bool | None = Field(None, description="send plain prompts through the model's chat template")
     max_new_tokens: Positive = Field(64, description="longest completion, in tokens")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of the prior's (and the policy's) sampling")
-    stop: list[str] = Field([], description="texts that end a completion")
+    stop: list[str] = Field([], description="texts or special tokens that end a completion")
 
     # the evidence
     reward: str | list[dict[str, Any]] | None = Field(
@@ -224,6 +224,15 @@ class Recipe(BaseModel):
     def _one_part(cls, value: Any) -> Any:
         """One part alone is a list of it."""
         return [value] if isinstance(value, dict) else value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: Any) -> Any:
+        """One text alone is a list of it."""
+        stops = [value] if isinstance(value, str) else value
+        if isinstance(stops, list) and "" in stops:
+            raise ValueError(f"stop is {value!r}; an empty text is in every completion, leave it out")
+        return stops
 
     @model_validator(mode="after")
     def _enough(self) -> Recipe:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiltlm.errors import InputError, TiltWarning
+from tiltlm.evidence.composition import Formula
 from tiltlm.evidence.function import TextFunction
-from tiltlm.evidence.parts import Part, named_parts
+from tiltlm.evidence.parts import Column, Part, named_parts
 from tiltlm.rewards.lexicons import Language
 from tiltlm.rewards.references import AgainstReference
 from tiltlm.workflow.inputs import reward_of
@@ -36,8 +37,8 @@ def require_references(functions: Sequence[TextFunction], rows: Sequence[Any], s
         source: the rows', for messages.
 
     Raises:
-        InputError: naming a column that is not there, the first row without a reference, or references that are mostly of another
-            language than the reward asks for.
+        InputError: naming a column that is not there, the first row without a reference, or without a number where one is added,
+            or references that are mostly of another language than the reward asks for.
 
     Warns:
         TiltWarning: where some of them are.
@@ -47,6 +48,9 @@ def require_references(functions: Sequence[TextFunction], rows: Sequence[Any], s
         for column in part.reads:
             if column not in GIVEN:
                 _require_column(part, column, rows, source)
+    for part in (part for function in functions if isinstance(function, Formula) for part in function.parts()):
+        if isinstance(part, Column):
+            _require_numbers(part, rows, source)
     columns = dict.fromkeys(part.column for part in parts if isinstance(part, AgainstReference))
     for part in parts:
         if isinstance(part, Language):
@@ -66,6 +70,15 @@ def _require_column(part: Part, column: str, rows: Sequence[Any], source: str) -
         items = list(value) if isinstance(value, list | tuple) else [value]
         if any(item is None for item in items) or (isinstance(part, AgainstReference) and not any(map(_says, items))):
             raise InputError(f"row {number} of {source} has no {column} ({value!r}); give one, or leave the row out")
+
+
+def _require_numbers(part: Column, rows: Sequence[Any], source: str) -> None:
+    _require_column(part, part.column, rows, source)
+    for number, row in enumerate(rows, 1):
+        try:
+            part.score([""], **{part.column: [row[part.column]]})
+        except InputError as error:
+            raise InputError(f"row {number} of {source}: {error}") from error
 
 
 def _says(item: Any) -> bool:

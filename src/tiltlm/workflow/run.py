@@ -236,7 +236,7 @@ class Run:
     def _prior_draws(self, beta: float) -> Scored:
         """The prior's draws, scored at `beta`; from the run's folder if they are there, where they are at beta = 1."""
         r, key = self.recipe, self._draws_key()
-        scored = load_scored(r.folder / "prior", key)
+        scored = load_scored(r.folder / "prior", key, self.prompts)
         if scored is None:
             scored = self.target(1.0).score(self._drawn)
             save_scored(scored, r.folder / "prior", key)
