@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from PIL import Image
 from scipy.stats import chi2
+from torch.testing import assert_close
+from transformers import BertConfig, BertLMHeadModel
 
 import tiltlm as tl
+from conftest import make_tokenizer
 from kinds import KINDS, every, idefics, image_model, llava, picture, small, text_model, vit_processor, words
 from tiltlm.inference.decoding.mcmc import MCMC
 from tiltlm.inference.decoding.smc import prefix_evidence
+from tiltlm.lm.causal import CausalBackbone
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.kinds import backbone_of
 from tiltlm.lm.sample import sample
@@ -371,9 +376,10 @@ def test_scored_draws_of_images_come_back_and_are_known_by_their_pixels(tmp_path
     prior, prompts = small("llava")
     scored = tilted(prior).score(prior.draw(prompts, 2, rng))
     save_scored(scored, tmp_path, "key")
-    again = load_scored(tmp_path, "key")
+    again = load_scored(tmp_path, "key", prompts)
     assert again is not None
-    assert again.draws.prompts.fingerprint() == prompts.fingerprint()
+    assert again.draws.prompts is prompts
+    torch.testing.assert_close(prior.log_prob(replace(again.draws, sampler="")), scored.log_prior)
     other = replace(prompts, inputs={"pixel_values": (*prompts.inputs["pixel_values"][:2], torch.zeros(1, 3, 8, 8))})
     assert other.fingerprint() != prompts.fingerprint()
     assert prompts.select([2, 1]).select([1, 0]).fingerprint() == prompts.select([1, 2]).fingerprint()
@@ -476,12 +482,12 @@ def test_targets_are_written_in_the_targets_own_vocabulary():
             return getattr(self.inner, name)
 
         def __call__(self, text=None, text_target=None, **settings):
-            asked.append("target" if text is None else "source")
+            asked.append(("source", text) if text is not None else ("target", text_target))
             return self.inner(text if text is not None else text_target, **settings)
 
     prior = tl.load(text_model("marian"), Two(words("a", "b"))).prior(max_new_tokens=3)
     demonstrations(prior, [{"prompt": "a b", "completion": "a b"}])
-    assert asked == ["source", "target"]
+    assert [one for one in asked if one[1] == "a b"] == [("source", "a b"), ("target", "a b")]
 
 
 # --- bad input ---
@@ -571,6 +577,138 @@ def test_models_that_are_not_provided_for_are_refused(rng):
     draws = prior.draw(prompts, 2, rng)
     with pytest.raises(tl.InputError, match="an encoder–decoder, which does not go on with a text"):
         fluent.score(draws)
+
+
+# --- the models' own law ---
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPREAD = {"vocab_size": 300, "initializer_range": 0.3, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def decoder(kind, **settings):
+    """A causal model of a class that few take for one, with logits far from uniform."""
+    torch.manual_seed(0)
+    bart = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "init_std": 0.3}
+    of_bart, of_bert = {**SPREAD, **bart, **settings}, {**SPREAD, **SIZES, "is_decoder": True, **settings}
+    made = {
+        "bart": lambda: transformers.BartForCausalLM(transformers.BartConfig(**of_bart)),
+        "marian": lambda: transformers.MarianForCausalLM(transformers.MarianConfig(**of_bart)),
+        "roberta": lambda: transformers.RobertaForCausalLM(transformers.RobertaConfig(**of_bert)),
+        "electra": lambda: transformers.ElectraForCausalLM(transformers.ElectraConfig(**of_bert)),
+        "bert": lambda: BertLMHeadModel(BertConfig(**of_bert)),
+        "opt": lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(ffn_dim=48, init_std=0.3, word_embed_proj_dim=32, **SPREAD, **SIZES)
+        ),
+        "openai": lambda: transformers.OpenAIGPTLMHeadModel(
+            transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, **SPREAD)
+        ),
+        "mamba": lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, **SPREAD)
+        ),
+    }
+    return made[kind]().eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bart", "marian", "roberta"])
+def test_a_model_whose_law_depends_on_padding_is_refused(kind, dtype):
+    model = decoder(kind).to(dtype)
+    with pytest.raises(
+        tl.InputError, match=rf"{type(model).__name__} gives a text other .* nats a token.*docs/models\.md"
+    ):
+        tl.load(model, make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("openai", r"OpenAIGPTLMHeadModel cannot be run on padded prompts with a cache.*docs/models\.md"),
+        ("mamba", "whose rows cannot be selected; use a model with ordinary attention caches"),
+    ],
+)
+def test_a_model_that_stumbles_over_cache_or_padding_is_refused(kind, message):
+    with pytest.raises(tl.InputError, match=message):
+        tl.load(decoder(kind), make_tokenizer())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["electra", "bert", "opt"])
+def test_models_with_a_law_of_their_own_load_in_every_precision(kind, dtype):
+    tl.load(decoder(kind).to(dtype), make_tokenizer())
+
+
+def test_a_model_that_gives_no_numbers_is_refused_with_the_precision_that_helps():
+    """transformers masks with the least number of double precision, and takes the softmax in single."""
+    config = transformers.Gemma2Config(**SPREAD, **SIZES, num_key_value_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    tl.load(model, make_tokenizer())
+    with pytest.raises(
+        tl.InputError, match="Gemma2ForCausalLM gives no finite probabilities in float64 .* load it in float32"
+    ):
+        tl.load(transformers.Gemma2ForCausalLM(config).double().eval(), make_tokenizer())
+
+
+def test_a_head_with_layers_before_it_is_run_with_them(rng):
+    """Electra's features are wider or narrower than what its unembedding reads."""
+    model = decoder("electra", embedding_size=16).double()
+    prior = tl.load(model, make_tokenizer()).prior(max_new_tokens=4)
+    prompts = prior.encode(["the film was", "a quiet story of two friends who meet again"])
+    draws = prior.draw(prompts, 4, rng)
+    for row, completion in enumerate(ids(draws)):
+        expected = reference(model, prompts, int(draws.prompt_index[row]), list(completion))
+        assert_close(draws.log_q[row][draws.mask[row]], expected, rtol=1e-6, atol=1e-6)
+    assert prior.body.backbone.width == prior.body.vocabulary
+
+
+def test_only_loading_looks_at_a_models_law(monkeypatch):
+    looked = []
+
+    def look(self):
+        looked.append(self)
+
+    monkeypatch.setattr(CausalBackbone, "require_own_law", look)
+    tl.load(decoder("opt"), make_tokenizer()).prior().policy(lora=None)
+    assert len(looked) == 1
+
+
+def test_positions_and_vocabularies_may_be_small():
+    for sizes in ({"vocab_size": 3}, {"max_position_embeddings": 8}):
+        config = {**SPREAD, **SIZES, "pad_token_id": None, "is_decoder": True, **sizes}
+        tl.load(BertLMHeadModel(BertConfig(**config)).eval(), make_tokenizer())
+
+
+# --- longrope ---
+
+
+def phi(**settings):
+    """Phi-3 with other factors for texts of more than 16 tokens."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 16,
+    }
+    sizes = {**SPREAD, **SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = transformers.Phi3Config(**sizes, original_max_position_embeddings=16, rope_parameters=rope, **settings)
+    return transformers.Phi3ForCausalLM(config).double().eval()
+
+
+def test_longrope_keeps_to_the_texts_whose_law_is_their_own():
+    lm = tl.load(phi(), make_tokenizer())
+    prior = lm.prior(max_new_tokens=4)
+    assert lm.body.backbone.room(4) == 12
+    with pytest.raises(tl.InputError, match="prompt 2 has .* leaves room for 12"):
+        prior.encode(["good film", "a quiet story of two friends who meet again and the film was good"])
+    with pytest.raises(tl.InputError, match="max_new_tokens is 16, but beyond 16 tokens .*longrope"):
+        lm.prior(max_new_tokens=16).encode(["good film"])
+    one = prior.encode(["good film"])
+    two = prior.encode(["good film", "a quiet story"])
+    alone = prior.complete(one, torch.tensor([0]), [[40, 41, 42, 43]]).log_q
+    beside = prior.complete(two, torch.tensor([0, 1]), [[40, 41, 42, 43]] * 2).log_q
+    assert_close(beside[0], alone[0], rtol=1e-6, atol=1e-6)
 
 
 # --- the command line ---

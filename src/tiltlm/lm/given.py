@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tiltlm.errors import InputError, TiltWarning
-from tiltlm.lm.text import render, tokens_of
+from tiltlm.lm.text import render, tokens_of, written
 from tiltlm.lm.view import View
 from tiltlm.records import Prompts, Scored, Text, shown
 
@@ -203,9 +203,10 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
     answer = answer_of(completion, number)
     on_its_own = prior.body.backbone.has_encoder  # a decoder begins its answer itself
     text = answer if isinstance(prompt, str) or on_its_own else _turn(prior, prompt, answer, number)
+    before = None if on_its_own else written(prompt, prior.body.templater, number)
     if prior.law.stop:
-        return _stopped(prior, text, number)
-    ids = tokens_of(text, tokenizer, target=on_its_own)
+        return _stopped(prior, text, before, number)
+    ids = tokens_of(text, tokenizer, target=on_its_own, after=before)
     end = next((place for place, token in enumerate(ids) if token in eos), None)
     if end is not None:
         return ids[: end + 1]
@@ -219,10 +220,14 @@ def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:
     return ids
 
 
-def _stopped(prior: View, text: str, number: int) -> list[int]:
-    """The tokens of a completion up to its first stop string, with which it ends; one is added where there is none."""
+def _stopped(prior: View, text: str, before: str | None, number: int) -> list[int]:
+    """The tokens of a completion up to its first stop string, with which it ends; one is added where there is none.
+
+    Args:
+        before: the prompt that it goes on from; None where it is a text of its own.
+    """
     whole = text if any(stop in text for stop in prior.law.stop) else text + prior.law.stop[0]
-    ids = tokens_of(whole, prior.body.tokenizer, target=prior.body.backbone.has_encoder)
+    ids = tokens_of(whole, prior.body.tokenizer, target=before is None, after=before)
     end = next((end for end in range(1, len(ids) + 1) if prior.ends(ids[:end])), None)
     if end is None:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from tiltlm.lm.images import empty_like, image_name, open_image, pixels, read_wi
 from tiltlm.records import Prompts, Text
 
 COLUMN, IMAGE = "prompt", "image"
+
+ANCHORS = (":", ".", ")", "\n")
+"""Texts that another one can go on from, for tokenizers that put a space in front of a text: any that its tokens do not merge with."""
 
 
 @dataclass(frozen=True)
@@ -220,14 +224,68 @@ def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, *, target: bool = False) -> list[int]:
+def tokens_of(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, target: bool = False, after: str | None = None
+) -> list[int]:
     """The ids of a text, with nothing added: special tokens are in it already, or are not wanted.
+
+    SentencePiece puts a space in front of every text. One that goes on from another has none that nobody wrote: its tokens are
+    those that follow when both are tokenised together, if the first keeps its own.
 
     Args:
         target: the text is what an encoder–decoder writes, whose tokenizer may have a second vocabulary for it.
+        after: what the text goes on from; None for a text of its own.
     """
     known: Any = tokenizer
-    return list(known(**{"text_target" if target else "text": text}, add_special_tokens=False)["input_ids"])
+
+    def ids(some: str) -> list[int]:
+        return list(known(**{"text_target" if target else "text": some}, add_special_tokens=False)["input_ids"])
+
+    if after is not None and (anchors := _anchors(tokenizer)):
+        for before in (after, *anchors):
+            first, both = ids(before), ids(before + text)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+    return ids(text)
+
+
+@lru_cache(maxsize=8)
+def _anchors(tokenizer: Any) -> tuple[str, ...]:
+    """Those of `ANCHORS` after which a text has no space; none for a tokenizer that does not put one in front of a text anyway."""
+
+    def shows(anchor: str) -> bool:
+        alone, first, both = (
+            list(tokenizer(some, add_special_tokens=False)["input_ids"]) for some in ("a", anchor, f"{anchor}a")
+        )
+        after = both[len(first) :]
+        if not first or both[: len(first)] != first or after in ([], alone):
+            return False
+        return tokenizer.decode(both) == tokenizer.decode(first) + "a"
+
+    try:
+        return tuple(filter(shows, ANCHORS))
+    except Exception:  # `tokenizers` has no other class; one without an unknown token stops at a text it does not know
+        return ()
+
+
+@lru_cache(maxsize=8)
+def _stripped(tokenizer: Any) -> tuple[list[int], str] | None:
+    """What to decode a completion after, as ids and text, where decoding it by itself would lose the space that it begins with.
+
+    A tokenizer that ends every text belongs to an encoder–decoder, whose completions are texts of their own: T5's, Marian's.
+    """
+    anchors = _anchors(tokenizer)
+    if not anchors or tokenizer.eos_token_id in tokenizer("a")["input_ids"][1:]:
+        return None
+    first, spaced = (list(tokenizer(some, add_special_tokens=False)["input_ids"]) for some in (anchors[0], "a"))
+    text = tokenizer.decode(first)
+    loses = tokenizer.decode(spaced) == "a" and tokenizer.decode([*first, *spaced]) == f"{text} a"
+    return (first, text) if loses else None
+
+
+def written(prompt: Text, templater: Any, number: int) -> str:
+    """A prompt as the text that its completion goes on from; arguments and errors as for `render`."""
+    return prompt if isinstance(prompt, str) else render(prompt, templater, number)
 
 
 def render(messages: Sequence[Any], templater: Any, number: int, *, answered: bool = False) -> str:
@@ -263,6 +321,14 @@ def render(messages: Sequence[Any], templater: Any, number: int, *, answered: bo
 
 
 def decode(tokens: torch.Tensor, mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Each row's real tokens as text, without special tokens."""
+    """Each row's real tokens as text that goes on from a prompt, without special tokens: a space that it begins with is there."""
     rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    anchor = _stripped(tokenizer)
+    if anchor is None:
+        return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
+    first, begun = anchor
+    texts = tokenizer.batch_decode([[*first, *row] for row in rows], skip_special_tokens=True)
+    return tuple(
+        text[len(begun) :] if text.startswith(begun) else str(tokenizer.decode(row, skip_special_tokens=True))
+        for text, row in zip(texts, rows, strict=True)
+    )

@@ -17,7 +17,7 @@ from tiltlm.evidence.composition import Bounds
 from tiltlm.evidence.parts import Part
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.masked import MaskedLM, load_masked_lm
-from tiltlm.lm.text import tokens_of
+from tiltlm.lm.text import tokens_of, written
 from tiltlm.lm.view import ModelPrior
 from tiltlm.records import Prompts
 from tiltlm.rewards.references import AgainstReference
@@ -66,7 +66,8 @@ class Fluency(Part):
         if not texts:
             return []
         tokenizer, eos = self._lm.body.tokenizer, self._lm.body.eos
-        ids = [tokens_of(text, tokenizer) for text in texts]
+        befores = self._befores(columns.get("prompts", ()), len(texts))
+        ids = [tokens_of(text, tokenizer, after=before) for text, before in zip(texts, befores, strict=True)]
         last = [tokenizer.eos_token_id if tokenizer.eos_token_id in eos else eos[0]] if eos else []
         ids = [some + last if self.end or not some else some for some in ids]
         if self.given == "nothing":
@@ -74,6 +75,12 @@ class Fluency(Part):
         else:
             prompts, index = _distinct(self._lm, columns["prompts"], max(map(len, ids)))
         return _log_prob(self._lm, prompts, index, ids, self.normalise)
+
+    def _befores(self, prompts: Sequence[Any], count: int) -> list[str | None]:
+        """What each text goes on from; None where it is a text of its own."""
+        if self.given == "nothing":
+            return [None] * count
+        return [written(prompt, self._lm.body.templater, number) for number, prompt in enumerate(prompts, 1)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,9 @@ class AnswerLikelihood(AgainstReference):
         rows = [row for row, some in enumerate(references) for _ in some]
         if not rows:
             return []
-        ids = [tokens_of(answer, self._lm.body.tokenizer) for some in references for answer in some]
+        body, answers = self._lm.body, [answer for some in references for answer in some]
+        befores = [written(contexts[row], body.templater, row + 1) for row in rows]
+        ids = [tokens_of(text, body.tokenizer, after=before) for text, before in zip(answers, befores, strict=True)]
         empty = next((row for row, some in zip(rows, ids, strict=True) if not some), None)
         if empty is not None:
             raise InputError(f"column {self.column!r} of reward {self.label!r} holds an empty answer; give a text")
