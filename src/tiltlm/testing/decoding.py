@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from scipy.stats import chi2 as chi_squared
+from scipy.stats import norm
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError, TiltWarning
@@ -18,7 +19,7 @@ from tiltlm.posterior import exact as ex
 from tiltlm.protocols import Claim
 from tiltlm.records import Draws, Scored
 from tiltlm.testing.check import TOLERANCE, Check
-from tiltlm.testing.fixtures import Language, small_language
+from tiltlm.testing.fixtures import Language, language, small_language
 from tiltlm.testing.kernels import kernel_checks, law_after
 from tiltlm.testing.particles import ALWAYS, Every, another_law, particle_checks, rough_twist
 from tiltlm.weights import group_count, normalise, resample
@@ -27,7 +28,7 @@ REPETITIONS = 6000
 POPULATIONS = 600
 """Outputs whose average is compared with p* where another proposal draws."""
 SIGNIFICANCE = 1e-4
-"""Of the statistical check that `sample` follows the law that was enumerated; its seed is fixed."""
+"""Of the statistical checks, that `sample` follows the law that was enumerated and of its log Z; their seed is fixed."""
 
 
 def decoding_checks(engine: Any) -> Iterator[Check]:
@@ -54,6 +55,7 @@ def _choice_checks(engine: Any) -> Iterator[Check]:
             yield _sampling_check(ready, world, exact)
     if not hasattr(engine, "value"):  # which is its proposal
         yield from _proposal_checks(engine, small_language(), claim)
+    yield from _evidence_checks(engine)
 
 
 def _with_value(engine: Any, world: Language, exact: ex.Exact) -> Any:
@@ -104,6 +106,36 @@ def _proposal_checks(engine: Any, world: Language, claim: Claim) -> Iterator[Che
     law.index_add_(0, _which(weighted.scored.draws, exact), share)
     distance = float((law - exact.log_posterior.exp()).abs().sum() / 2)
     yield Check("with another proposal: total variation of the weighted draws from p*", distance, 0.06)
+
+
+def _evidence_checks(engine: Any) -> Iterator[Check]:
+    """What an estimate of log Z says it is in expectation, a lower bound, an upper one or log Z itself, where heavy draws are rare."""
+    world = _with_a_rare_reward()
+    exact = ex.posterior(world.target, world.prompts)
+    ready = _with_value(engine, world, exact)
+    sized = replace(ready, n=64) if hasattr(ready, "n") else ready
+    weighted = sized.sample(world.target, world.prompts.select([0] * POPULATIONS), rng=Generator().manual_seed(3))
+    if weighted.log_z is None:
+        return
+    gap = torch.tensor([estimate.value for estimate in weighted.log_z], dtype=torch.float64) - exact.log_z
+    above = float(gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp(min=TOLERANCE))
+    error, name = {
+        "lower": (above, "at most log Z"),
+        "upper": (-above, "at least log Z"),
+        "point": (abs(above), "log Z"),
+    }[weighted.log_z[0].kind]
+    yield Check(f"log_z is {name} on average (standard errors beyond)", error, float(norm.isf(SIGNIFICANCE)))
+
+
+def _with_a_rare_reward() -> Language:
+    """Three completions, of which one has a tenth of the prior and nearly all of the posterior."""
+    return language(
+        lambda prompt, prefix: [math.log(0.45), math.log(0.45), math.log(0.1)],
+        lambda x: float(x[0] == 2),
+        beta=0.1,
+        bounds=(0.0, 1.0),
+        depth=1,
+    )
 
 
 def _with_ties() -> Language:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ GROUPS = (2, 3)
 """Completions a prompt for which all tuples are listed."""
 FALLING = (2, 4)
 """The same, where a bias of order 1/n is measured."""
+FIRST, LATER, KNOWN = "", ", later visit", ", log Z known"
+"""What a state that estimates log Z from the draws has seen of a prompt: nothing, one earlier draw, or as good as all."""
 
 
 def _jensen_shannon(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -60,10 +63,12 @@ def training_checks(engine: Any) -> Iterator[Check]:
 def _posterior_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
     claim: Claim = engine.claim
     optimum = posterior_policy(world)
+    for when in (KNOWN, LATER) if _estimates_log_z(engine, world) else ():
+        yield from _later_checks(engine, world, exact, when)
     for whose, behaviour in _behaviours(claim, world, exact, optimum):
         if claim.bias == "1/n":
-            errors = {n: _Enumeration(_sized(engine, n), world, optimum, exact, behaviour).pull for n in FALLING}
-            yield from _falling_checks(errors, f"expected gradient at p*, draws of {whose}")
+            pull = partial(_pull, engine, world, optimum, exact, behaviour)
+            yield _falling_check(pull, _sizes(claim), f"expected gradient at p*, draws of {whose}")
             continue
         for group in GROUPS:
             there = _Enumeration(_sized(engine, group), world, optimum, exact, behaviour)
@@ -72,24 +77,38 @@ def _posterior_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator
                 name = f"every draw's signal vanishes at p*, group {group}"
                 yield Check(name, there.largest_signal, TOLERANCE)
     for group in GROUPS:
-        yield _attraction_check(_sized(engine, group), world, exact)
+        yield _attraction_check(engine, world, exact, group)
     if claim.objective in OBJECTIVES and claim.bias != "unknown":
         yield from _gradient_checks(engine, world, exact)
 
 
-def _attraction_check(engine: Any, world: Language, exact: ex.Exact) -> Check:
+def _later_checks(engine: Any, world: Language, exact: ex.Exact, when: str) -> Iterator[Check]:
+    """The same as at a prompt's first visit, when its log Z has been estimated from another law's draws; and in the end."""
+    claim: Claim = engine.claim
+    optimum = posterior_policy(world)
+    for whose, behaviour in _behaviours(claim, world, exact, optimum):
+        pull = partial(_pull, engine, world, optimum, exact, behaviour)
+        name = f"expected gradient vanishes at p*, draws of {whose}{when}"
+        yield _error_check(claim, pull, _sizes(claim, when), name)
+    yield _attraction_check(engine, world, exact, *_sizes(claim, when)[0], when)
+    if claim.objective in OBJECTIVES and claim.bias != "unknown":
+        yield from _gradient_checks(engine, world, exact, when)
+
+
+def _attraction_check(
+    engine: Any, world: Language, exact: ex.Exact, group: int, seen: int | None = 0, when: str = FIRST
+) -> Check:
     """A step from the prior along the expected gradient goes towards p*: p* attracts, it does not only stand still."""
     policy = world.prior.policy(lora=None)
-    got = _Enumeration(engine, world, policy, exact, exact.scored.log_prior).gradient
+    got = _Enumeration(_sized(engine, group), world, policy, exact, exact.scored.log_prior, seen=seen).gradient
     truth = ex.reverse_kl_gradient(policy, exact)
     a, b = (torch.cat([gradient[name].flatten() for name in truth]) for gradient in (got, truth))
     cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
-    return Check(
-        f"goes towards p* (minus the cosine with the gradient of KL(q||p*)), group {engine.group}", -cosine, -0.05
-    )
+    name = f"goes towards p* (minus the cosine with the gradient of KL(q||p*)), group {group}{when}"
+    return Check(name, -cosine, -0.05)
 
 
-def _gradient_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[Check]:
+def _gradient_checks(engine: Any, world: Language, exact: ex.Exact, when: str = FIRST) -> Iterator[Check]:
     """Away from p*: the expected gradient is the objective's, and no offset of a prompt's reward changes it."""
     claim: Claim = engine.claim
     policy = world.prior.policy(lora=None)
@@ -100,23 +119,60 @@ def _gradient_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[
     for whose, behaviour in _behaviours(claim, world, exact, policy):
         if whose != "the policy" and claim.data not in ("weighted", "prior"):
             continue
-        for offset in (0.0, 3.0):
-            errors = {}
-            for group in FALLING if claim.bias == "1/n" else GROUPS:
-                got = _Enumeration(_sized(engine, group), world, policy, exact, behaviour, offset).gradient
-                errors[group] = _distance(got, truth)
-            name = f"expected gradient is that of {claim.objective}, draws of {whose}, reward offset {offset:g}"
-            if claim.bias == "1/n":
-                yield from _falling_checks(errors, name)
-            else:
-                yield Check(name, max(errors.values()), TOLERANCE)
+        for offset in (0.0, 3.0) if when == FIRST else (0.0,):
+            name = f"expected gradient is that of {claim.objective}, draws of {whose}, reward offset {offset:g}{when}"
+            error = partial(_deviation, engine, world, policy, exact, behaviour, offset, truth)
+            yield _error_check(claim, error, _sizes(claim, when), name)
 
 
-def _falling_checks(errors: Mapping[int, float], name: str) -> Iterator[Check]:
+Size = tuple[int, int | None]
+"""Where an error is measured: completions a prompt, and draws that the state has seen before; None where it knows log Z."""
+
+ErrorAt = Callable[[int, int | None], float]
+"""The same -> error."""
+
+
+def _sizes(claim: Claim, when: str = FIRST) -> list[Size]:
+    groups = {FIRST: GROUPS, LATER: GROUPS[:1], KNOWN: GROUPS[:1]}[when]
+    if claim.bias == "1/n":
+        groups = GROUPS if when == LATER else FALLING
+    return [(group, {FIRST: 0, LATER: 1, KNOWN: None}[when]) for group in groups]
+
+
+def _pull(
+    engine: Any, world: Language, policy: Any, exact: ex.Exact, behaviour: Tensor, group: int, seen: int | None
+) -> float:
+    return _Enumeration(_sized(engine, group), world, policy, exact, behaviour, seen=seen).pull
+
+
+def _deviation(
+    engine: Any,
+    world: Language,
+    policy: Any,
+    exact: ex.Exact,
+    behaviour: Tensor,
+    offset: float,
+    truth: dict[str, Tensor],
+    group: int,
+    seen: int | None,
+) -> float:
+    got = _Enumeration(_sized(engine, group), world, policy, exact, behaviour, offset, seen).gradient
+    return _distance(got, truth)
+
+
+def _error_check(claim: Claim, error: ErrorAt, sizes: list[Size], name: str) -> Check:
+    """No error, or one that falls, as the claim says."""
+    if claim.bias == "1/n":
+        return _falling_check(error, sizes, name)
+    return Check(name, max(error(*size) for size in sizes), TOLERANCE)
+
+
+def _falling_check(error: ErrorAt, sizes: list[Size], name: str) -> Check:
     """An error of order 1/n: the measured slope in log n is about -1; no error at all is as good."""
-    low, high = (errors[n] for n in FALLING)
-    slope = math.log(high / low) / math.log(FALLING[1] / FALLING[0]) if low > TOLERANCE else -math.inf
-    yield Check(f"{name}: error falls like 1/n (slope in n)", slope, -0.5)
+    few, many = sizes
+    low = error(*few)
+    slope = math.log(error(*many) / low) / math.log(many[0] / few[0]) if low > TOLERANCE else -math.inf
+    return Check(f"{name}: error falls like 1/n (slope in n)", slope, -0.5)
 
 
 # --- other laws ---
@@ -151,7 +207,7 @@ def _settling_checks(engine: Any, world: Language, exact: ex.Exact) -> Iterator[
     for whose, pulls in errors.items():
         name = f"expected gradient vanishes at {claim.fixed_point}, draws of {whose}"
         if claim.bias == "1/n":
-            yield from _falling_checks(pulls, name)
+            yield _falling_check(lambda group, seen, pulls=pulls: pulls[group], _sizes(claim), name)
             continue
         for group, pull in pulls.items():
             yield Check(f"{name}, group {group}", pull, 1e3 * TOLERANCE)
@@ -198,7 +254,9 @@ class _Tables:
 class _Enumeration:
     """All tuples of `engine.group` draws of a law: what the engine's loss wants of a policy.
 
-    The state's log Z is put at the truth, and so are the values of prefixes: what is examined is the policy.
+    The state's log Z is put at the truth, and so are the values of prefixes: what is examined is the policy. But a log Z that is
+    estimated from the draws is taken as it is in use: it has `seen` draws of another law (None: it is at the truth), and
+    observes each batch before its loss.
 
     Attributes:
         coefficients: expected derivative of the loss with respect to each field of `Forward` (K, T).
@@ -208,23 +266,25 @@ class _Enumeration:
     """
 
     def __init__(
-        self, engine: Any, world: Language, policy: Any, exact: ex.Exact, behaviour: Tensor, offset: float = 0.0
+        self,
+        engine: Any,
+        world: Language,
+        policy: Any,
+        exact: ex.Exact,
+        behaviour: Tensor,
+        offset: float = 0.0,
+        seen: int | None = 0,
     ) -> None:
         tables = _tables(engine, policy, exact, behaviour, offset)
-        self._state = _state_at_truth(engine, world, exact, tables.scored, offset)
-        own = list(self._state.parameters()) if isinstance(self._state, nn.Module) else []
+        states = _states(engine, world, exact, tables.scored, offset, seen)
         fields = [name for name, value in vars(tables.forward).items() if value is not None]
         self.coefficients = {name: torch.zeros_like(getattr(tables.forward, name)) for name in fields}
         self.largest_signal = 0.0
+        own = states[0].weights
         of_state = [torch.zeros_like(p) for p in own]
-        probability = behaviour.sum(-1).exp()
-        for rows in itertools.product(range(len(probability)), repeat=engine.group):
-            index = torch.tensor(rows)
-            share = probability[index].prod()
-            if share == 0:
-                continue
+        for index, share, batch, state in _batches(engine, tables.scored, behaviour, states):
             leaves = {name: getattr(tables.forward, name)[index].clone().requires_grad_() for name in fields}
-            loss, _ = engine.loss(Forward(**leaves), tables.scored.select(index), self._state)
+            loss, _ = engine.loss(Forward(**leaves), batch, state)
             signals = torch.autograd.grad(loss, [*leaves.values(), *own], allow_unused=True)
             for name, signal in zip(fields, signals, strict=False):
                 if signal is not None:
@@ -237,6 +297,21 @@ class _Enumeration:
         self.gradient = ex.expected_gradient(policy, exact, of_policy)
         beside = [_by_state(exact, self.coefficients[name]) for name in fields if name not in of_policy]
         self.pull = max(float(value.abs().max()) for value in [*self.gradient.values(), *beside, *of_state])
+
+
+def _batches(
+    engine: Any, scored: Any, behaviour: Tensor, states: list[_Start]
+) -> Iterator[tuple[Tensor, float, Any, Any]]:
+    """Every tuple of draws with every state that it may find: rows, probability, draws, and the state for their loss."""
+    probability = behaviour.sum(-1).exp()
+    for rows in itertools.product(range(len(probability)), repeat=engine.group):
+        index = torch.tensor(rows)
+        share = float(probability[index].prod())
+        if share == 0:
+            continue
+        batch = scored.select(index)
+        for state in states:
+            yield index, share * state.share, batch, state.at(batch)
 
 
 def _by_state(exact: ex.Exact, values: Tensor) -> Tensor:
@@ -268,6 +343,57 @@ def _values(exact: ex.Exact) -> Tensor:
     tree = Tree(exact)
     values = soft_backup(tree.by_state(tree.log_prior), tree.by_state(tree.fixed_point(soft_backup)))
     return tree.completions(values[tree.state_of])
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A state that a batch may find, and how probably.
+
+    Attributes:
+        buffers: what it holds then; None for a state that is left alone.
+    """
+
+    engine: Any
+    state: Any
+    share: float = 1.0
+    buffers: dict[str, Tensor] | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What is trained of it."""
+        return list(self.state.parameters()) if isinstance(self.state, nn.Module) else []
+
+    def at(self, batch: Any) -> Any:
+        """The state for the loss of a batch, which it has observed, as in `fit`, where it learns in use."""
+        if self.buffers is not None:
+            self.state.load_state_dict(self.buffers)
+            self.engine.observe(batch, self.state)
+        return self.state
+
+
+def _states(
+    engine: Any, world: Language, exact: ex.Exact, scored: Any, offset: float, seen: int | None
+) -> list[_Start]:
+    """The state at the truth; or all that an earlier batch of `seen` draws of another law may have made of it."""
+    if seen is None or not _estimates_log_z(engine, world):
+        return [_Start(engine, _state_at_truth(engine, world, exact, scored, offset))]
+    law = _lagged(world, exact)
+    earlier, log_law = replace(scored, draws=replace(scored.draws, log_q=law)), law.sum(-1)
+    found: list[_Start] = []
+    for rows in itertools.product(range(len(law)), repeat=seen):
+        index = torch.tensor(rows, dtype=torch.long)
+        state = engine.init(world.prompts).double()
+        if seen:
+            engine.observe(earlier.select(index), state)
+        buffers = {name: value.clone() for name, value in state.state_dict().items()}
+        found.append(_Start(engine, state, float(log_law[index].sum().exp()), buffers))
+    return found
+
+
+def _estimates_log_z(engine: Any, world: Language) -> bool:
+    """Whether the engine's state has a log Z that it takes from the draws, and does not train."""
+    state = engine.init(world.prompts)
+    return isinstance(state, nn.Module) and hasattr(state, "log_z") and not list(state.parameters())
 
 
 def _state_at_truth(engine: Any, world: Language, exact: ex.Exact, scored: Any, offset: float) -> Any:

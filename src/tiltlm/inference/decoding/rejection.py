@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError
 from tiltlm.protocols import Claim, Sampler
-from tiltlm.records import Prompts, Scored, Weighted
+from tiltlm.records import Estimate, Prompts, Scored, Weighted
 from tiltlm.target import Target
 from tiltlm.weights import group_count, log_mean_weight
 
@@ -22,6 +22,10 @@ class Rejection:
 
     What is accepted is an exact, independent sample of p*, and the acceptance rate is Z exp(-r_max / beta). All
     accepted draws are returned; a prompt may get none within its budget, which the weights then show.
+
+    Where drawing stops at `samples`, it stops because a heavy weight has come, so that the plain mean weight is too large on
+    average: by a factor of 2.7 where Z is a tenth of its bound and the first accepted draw ends it. The estimate of log Z allows
+    for that (`share_accepted`). It says nothing for `samples=1`: what would be unbiased then leaves the accepted draw out.
 
     Attributes:
         n: most draws a prompt, the budget.
@@ -37,6 +41,8 @@ class Rejection:
     def __post_init__(self) -> None:
         if self.n < 1 or self.round < 1:
             raise InputError(f"n is {self.n} and round is {self.round}; both must be at least 1")
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"samples is {self.samples}; it must be at least 1, or None to spend the budget")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
         """Accepted draws with weight 1, the others with weight 0.
@@ -53,18 +59,39 @@ class Rejection:
         log_accept_bound(target)
         rounds: list[Weighted] = []
         open_prompts = list(range(len(prompts)))
-        drawn = 0
-        while open_prompts and drawn < self.n:
-            count = min(self.round, self.n - drawn)
+        drawn, before = [0] * len(prompts), [0] * len(prompts)
+        while open_prompts and max(drawn) < self.n:
+            count = min(self.round, self.n - max(drawn))
             draws = target.prior.draw(prompts.select(open_prompts), count, rng).among(prompts, open_prompts)
             rounds.append(self.weigh(target, target.score(draws), rng))
-            drawn += count
+            for p in open_prompts:
+                drawn[p], before[p] = drawn[p] + count, drawn[p]
             if self.samples is not None:
                 accepted = accepted_counts(rounds, len(prompts))
                 open_prompts = [p for p in open_prompts if accepted[p] < self.samples]
         scored = Scored.concatenate([part.scored for part in rounds])
-        log_z = log_mean_weight(scored.log_evidence, scored.draws.prompt_index, len(prompts))
-        return Weighted(scored, torch.cat([part.log_w for part in rounds]), log_z)
+        log_w = torch.cat([part.log_w for part in rounds])
+        return Weighted(scored, log_w, self._log_z(scored, log_w > -torch.inf, drawn, before))
+
+    def _log_z(
+        self, scored: Scored, accepted: Bool[Tensor, " B"], drawn: list[int], before: list[int]
+    ) -> tuple[Estimate, ...] | None:
+        """log Z of each prompt from all that was `drawn` for it, of which some came `before` its last round."""
+        index = scored.draws.prompt_index
+        if self.samples is None:
+            return log_mean_weight(scored.log_evidence, index, len(drawn), self.n)
+        if self.samples == 1:
+            return None
+        found: list[Estimate] = []
+        for prompt, (count, earlier) in enumerate(zip(drawn, before, strict=True)):
+            rows = index == prompt
+            many = int(accepted[rows].sum())
+            share = share_accepted(count, earlier, many, self.samples)
+            # rows count as if the accepted ones were that share of all
+            factor = torch.where(accepted[rows], share / max(1, many), (1 - share) / max(1, count - many)) * count
+            log_w = scored.log_evidence[rows].double() + factor.log()
+            found += log_mean_weight(log_w, torch.zeros_like(index[rows]), 1, count)
+        return tuple(found)
 
     def weigh(self, target: Target, scored: Scored, rng: Generator) -> Weighted:
         """Accept or reject given prior draws; for draws that are there already."""
@@ -85,6 +112,26 @@ def first_accepted(accept: Float[Tensor, " B"], index: Int[Tensor, " B"]) -> Flo
         before = torch.cat([accept.new_ones(1), (1 - accept[rows]).cumprod(0)[:-1]])
         chosen[rows] = accept[rows] * before
     return chosen
+
+
+def share_accepted(drawn: int, before: int, accepted: int, enough: int) -> float:
+    """Probability that the first draw was an accepted one, given all of the draws but not their order.
+
+    A first draw's weight has expectation Z, whatever ends the drawing. So has its expectation given all of the draws (Blackwell
+    1947), which is this share of the accepted draws' mean weight and the rest of the others'. Any order is as likely as any
+    other in which fewer than `enough` of the draws `before` the last round were accepted, else there had been no last
+    round. With rounds of one draw it is (enough - 1) / (drawn - 1) (Haldane 1945); with a single one accepted / drawn.
+
+    Args:
+        drawn: completions drawn; those that nobody could judge count as not accepted.
+        enough: accepted draws that end the drawing.
+    """
+    if not before:
+        return accepted / drawn
+    count = torch.arange(min(enough, accepted + 1), dtype=torch.float64)  # accepted before the last round
+    parts = torch.stack([count, before - count, accepted - count, drawn - before - accepted + count])
+    log_law = -torch.lgamma(parts + 1).sum(0)  # hypergeometric; -inf where a part is negative
+    return float(log_law.softmax(0) @ count) / before
 
 
 def log_accept_bound(target: Target) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tiltlm.records import Prompts, Scored
@@ -18,6 +18,11 @@ def data_rows(scored: Scored) -> Int[Tensor, " B"]:
 def data_size(prompts: Prompts) -> int:
     """Rows that a table over a data set needs; `prompts` may be some of a larger one."""
     return int(prompts.rows.max()) + 1
+
+
+def others(index: Int[Tensor, " B"]) -> Bool[Tensor, "B B"]:
+    """For each row, the other rows of its prompt."""
+    return (index[:, None] == index) & ~torch.eye(len(index), dtype=torch.bool)
 
 
 class LearnedLogZ(nn.Module):
@@ -54,12 +59,14 @@ class LearnedLogZ(nn.Module):
 
 
 class RunningLogZ(nn.Module):
-    """log of the mean importance weight P / q of all draws so far, for each prompt; no gradient.
+    """log of the mean importance weight P / q of each prompt's draws so far; no gradient.
 
-    Z-hat is unbiased for Z whatever laws drew, because every weight is (Parshakova et al. 2019; Go et al. 2023, algorithm 1).
+    Z-hat is unbiased for Z whatever laws drew, because every weight is (Parshakova et al. 2019; Go et al. 2023, algorithm 1). A
+    draw's own weight must stay out of what it is divided by: with it a first group is self-normalised, and a draw that is alone
+    always of weight 1. So a draw is given the mean over all earlier batches and the other draws of its own.
 
     Attributes:
-        log_z: one entry a row of the data set; 0 before the first draw.
+        log_z: one entry a row of the data set, with all draws observed; 0 before the first.
         count: draws behind it.
     """
 
@@ -71,13 +78,22 @@ class RunningLogZ(nn.Module):
         rows = data_size(prompts)
         self.register_buffer("log_z", torch.zeros(rows, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(rows, dtype=torch.float64))
+        # the two as they were before the batch in work; not saved, as whatever goes on begins with a new batch
+        self._earlier: tuple[Tensor, Tensor] | None = None
 
     def forward(self, scored: Scored) -> Float[Tensor, " B"]:
-        return self.log_z[data_rows(scored)]
+        """log Z-hat of each draw's prompt without the draw itself; -inf where nothing is known, or all weights are 0."""
+        rows = data_rows(scored)
+        log_z, count = (value[rows] for value in self._earlier or (self.log_z, self.count))
+        beside = others(rows)
+        log_sum = torch.where(beside, scored.log_weight.double(), -torch.inf).logsumexp(-1)
+        total = (count + beside.sum(-1)).clamp(min=1)
+        return torch.logaddexp(log_z + (count / total).log(), log_sum - total.log())
 
     @torch.no_grad()
     def observe(self, scored: Scored) -> None:
-        """Take the weights of these draws into the means."""
+        """Begin a batch: take its weights into the means, and remember what they were without."""
+        self._earlier = self.log_z.clone(), self.count.clone()
         rows = data_rows(scored)
         total = torch.logaddexp(
             self.log_z + self.count.log(), group_logsumexp(scored.log_weight.double(), rows, len(self.count))
