@@ -251,7 +251,9 @@ class ModelPrior(View):
         if lora is None:
             if start is not None:
                 raise InputError(f"start is {start} with full fine-tuning; load the adapter into the model first")
-            return ModelPolicy(**self._parts(self._full_copy(), None), prior=self, value_head=self._values(values, seed))
+            return ModelPolicy(
+                **self._parts(self._full_copy(), None), prior=self, value_head=self._values(values, seed)
+            )
         switch = self.body.adapters
         if start is not None:
             adapter = switch.load(start)
