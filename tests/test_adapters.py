@@ -259,6 +259,46 @@ def test_an_adapter_that_changes_more_than_itself_is_refused(setting, tmp_path, 
         load(make_model("qwen"), make_tokenizer()).prior(adapter=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_adapters_that_somebody_puts_into_a_loaded_model_are_not_its_prior(setting, saved_adapter):
+    """The model has one switch: who loaded it plain still sees it plain, and who loads the adapters sees both."""
+    lm, prior, draws = setting
+    peft = PeftModel.from_pretrained(lm.body.model, saved_adapter)
+    adapted = load(peft, make_tokenizer()).prior(max_new_tokens=8)
+    assert (score(adapted, draws) - draws.log_q).abs().max() > 0.01
+    torch.testing.assert_close(score(prior, draws), draws.log_q, rtol=0, atol=1e-5)
+    again = PeftModel(lm.body.model, theirs(), adapter_name="mine")
+    with pytest.raises(tl.InputError, match="inside another PeftModel"):
+        load(again, make_tokenizer())
+
+
+def test_damaged_adapters_are_told(saved_adapter, setting):
+    prior = setting[1]
+    weights, config = saved_adapter / "adapter_model.safetensors", saved_adapter / "adapter_config.json"
+    whole = weights.read_bytes(), config.read_bytes()
+    weights.write_bytes(whole[0][:100])
+    with pytest.raises(tl.InputError, match="the weights of the adapter in .*theirs are damaged .*anew"):
+        prior.policy(start=saved_adapter)
+    weights.unlink()
+    with pytest.raises(tl.InputError, match=r"theirs has no weights \(no adapter_model.safetensors\)"):
+        prior.policy(start=saved_adapter)
+    weights.write_bytes(whole[0])
+    config.write_bytes(whole[1][:-20])
+    with pytest.raises(tl.InputError, match="adapter_config.json in .*theirs cannot be read .*anew"):
+        prior.policy(start=saved_adapter)
+
+
+def test_layers_that_the_model_has_not_are_named(setting):
+    with pytest.raises(tl.InputError, match=r"targets of the LoRA are \('nope',\), .*; its linear layers are .*q_proj"):
+        setting[1].policy(lora=tl.LoRA(2, targets=("nope",)))
+    assert setting[1].policy(lora=tl.LoRA(2)).adapter == "tilt0", "the failed one left nothing behind"
+
+
+def test_a_folder_is_a_path_or_a_text(setting, tmp_path):
+    setting[1].policy(lora=tl.LoRA(2)).save(str(tmp_path / "policy"))
+    assert (tmp_path / "policy" / "adapter_model.safetensors").is_file()
+
+
 def test_an_adapter_that_is_merged_is_refused():
     peft = get_peft_model(make_model("llama"), theirs())
     peft.merge_adapter()

@@ -432,8 +432,12 @@ class TestCommand:
         assert [row["augmentation"] for row in rows] == [None] * 4 + ["swap"] * 8 + ["delete"] * 8 + ["length"] * 16
         assert "swap: 8 new rows; keeps the label; every word" in done.out
         before = (file / "out.jsonl").read_bytes()
-        cli("augment", "in.jsonl", "out.jsonl", "--with", "swap,delete,length", "--n", 2, "--seed", 7)
+        again = cli("augment", "in.jsonl", "out.jsonl", "--with", "swap")
+        assert again.code == 2
+        assert "out 'out.jsonl' is there already; give another name, so that nothing is lost" in again.err
         assert (file / "out.jsonl").read_bytes() == before
+        cli("augment", "in.jsonl", "again.jsonl", "--with", "swap,delete,length", "--n", 2, "--seed", 7)
+        assert (file / "again.jsonl").read_bytes() == before
 
     def test_rows_of_a_judge(self, cli, file):
         (file / "judge.jsonl").write_text(json.dumps({"first": "a", "second": "b", "label": 1}) + "\n")

@@ -9,10 +9,10 @@ import torch
 
 import tiltlm as tl
 from tiltlm.diagnostics.certificate import acceptance, prompt_bounds, upper_terms
+from tiltlm.estimates import Estimate
 from tiltlm.inference.decoding.rejection import Rejection
 from tiltlm.inference.decoding.smc import SMC
 from tiltlm.posterior import exact as ex
-from tiltlm.records import Estimate
 from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
 from tiltlm.weights import group_count
@@ -140,6 +140,13 @@ def test_no_draws_are_spent_on_exact_samples_that_will_not_come(world, monkeypat
     assert not spent
     assert found.log_z_upper is None
     assert any("would be accepted as an exact posterior sample, so none was drawn" in note for note in found.notes)
+
+
+def test_what_cannot_be_certified(world):
+    with pytest.raises(tl.InputError, match="samples is 1; errors are told by how draws of a prompt differ"):
+        tl.certify(world.prior, world.target, world.prompts, samples=1)
+    with pytest.raises(tl.InputError, match=r"sampler is a str, which draws nothing; give a policy, or lm.prior\(\)"):
+        tl.certify("policy", world.target, world.prompts)
 
 
 def test_acceptance_is_that_of_rejection(world):

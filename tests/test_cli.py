@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from conftest import REWARDS, make_model, make_tokenizer, settings, write
+from tiltlm.inference.training.filtered.sft import SFT
 from tiltlm.lm.load import load
 from tiltlm.workflow.recipe import Recipe
 
@@ -92,6 +95,19 @@ class TestRecipe:
             ("model: x\nprompts: y\nreward: z\nschedule: square", "schedule is 'square' in bad.yaml: .*'cosine'"),
             ("model: x\nprompts: y\nreward: z\nbounds: [1, -1]", "bounds are .*give the smallest reward first"),
             ("model: x\nprompts: y\nreward: z\ntemperature: .inf", "temperature is inf in bad.yaml: .*finite"),
+            (
+                "model: x\nbeta: 0.1\nbeta: 1",
+                "recipe 'bad.yaml' is not YAML .'beta' is there twice in line 1 and after.; mend",
+            ),
+            (
+                "model: x\nprompts: y\nreward: z\nbeta: true",
+                r"beta is true, which it cannot be \(temperature in reward",
+            ),
+            ("model: x\nprompts: y\nreward: z\nlora_alpha: 0", "lora_alpha is 0 in bad.yaml: .*greater than 0"),
+            (
+                "model: x\nprompts: y\nreward: z\nstop_on_hacking: true",
+                "stop_on_hacking is on, but there is no gold to tell by; give a held-out reward",
+            ),
         ],
     )
     def test_content(self, refused, here, content, message):
@@ -439,6 +455,48 @@ class TestFolders:
         assert numbers("t.json")["last_step"]["step"] == 3
         assert {p: c for p, c in after.items() if p.name != "t.json"} == before
 
+    def test_a_plan_of_another_reward_does_not_come_to_lie_beside_a_policy(self, cli, here, refused):
+        assert cli("train", "recipe.yaml").code == 0
+        before = everything(here)
+        message = refused("plan", "recipe.yaml", "--reward", "rewards.py:constant")
+        assert "out 'run' holds a policy that was trained with another reward; choose another folder, --out" in message
+        assert "another prior and reward;" in refused(
+            "plan", "recipe.yaml", "--reward", "rewards.py:constant", "--temperature", "0.5"
+        )
+        assert everything(here) == before
+        assert cli("plan", "recipe.yaml", "--beta", "0.5").code == 0
+        assert numbers("run/recipe.json")["beta"] == 0.25, "it is the policy's"
+
+    def test_what_came_together_in_a_folder_is_told_apart(self, cli, here):
+        assert cli("plan", "recipe.yaml", "--reward", "rewards.py:constant").code == 0
+        assert cli("train", "recipe.yaml").code == 0
+        assert "another" not in cli("certify", "recipe.yaml").err
+        ended = cli("report", "run")
+        assert "The plan is of another reward than the certificate" in " ".join(ended.out.split())
+        assert "The plan is of another reward than the certificate" in (here / "run" / "report.html").read_text()
+        ended = cli("certify", "recipe.yaml", "--reward", "rewards.py:constant")
+        assert "the policy in run/policy was trained with another reward than it is judged by now" in ended.err
+        again = " ".join(cli("report", "run").out.split())
+        assert "The plan is of another" not in again
+        assert "The policy was trained with another reward than it was certified with" in again
+
+    def test_a_reward_that_was_mended_before_resuming_is_told(self, cli, here):
+        assert cli("train", "recipe.yaml").code == 0
+        assert "changed" not in cli("train", "recipe.yaml", "--resume").err
+        (here / "rewards.py").write_text(REWARDS.replace("% 8 / 8", "% 4 / 4"))
+        ended = cli("train", "recipe.yaml", "--resume")
+        assert ended.code == 0
+        assert "the reward (its code, its bounds or its settings) has changed since the run in run began" in ended.err
+
+    def test_a_base_that_has_changed_is_told(self, cli, here, models):
+        shutil.copytree(models / "chat", here / "base")
+        assert cli("train", "recipe.yaml", "--model", "base").code == 0
+        model = AutoModelForCausalLM.from_pretrained(here / "base")
+        model.lm_head.weight.data *= 1.5
+        model.save_pretrained(here / "base")
+        ended = cli("certify", "recipe.yaml", "--model", "base")
+        assert "was trained with another prior than it is judged by now" in ended.err
+
     def test_nothing_to_certify(self, refused, here):
         message = refused("certify", "recipe.yaml")
         assert "'run/policy' holds neither an adapter, nor a critic, nor a model; run tiltlm train first" in message
@@ -458,6 +516,38 @@ class TestFolders:
         assert re.search("there is no run folder 'run'|plan.json is missing", refused("report", folder or "run"))
 
 
+class TestGivenCompletions:
+    """What `--engine sft` and `--engine dpo` learn of a file."""
+
+    @pytest.fixture
+    def pairs(self, here, models):
+        rows = [{"prompt": "the film", "chosen": f" is good {i}", "rejected": f" is bad {i}"} for i in range(4)]
+        (here / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        write(here / "given.yaml", settings(models, data="pairs.jsonl", reward=None, prompts=None, bounds=None))
+
+    def test_sft_learns_the_chosen_ones(self, cli, here, pairs, monkeypatch):
+        learned, loss = [], SFT.loss
+
+        def seen(self, forward, scored, state=None):
+            learned.extend(scored.draws.texts)
+            return loss(self, forward, scored, state)
+
+        monkeypatch.setattr(SFT, "loss", seen)
+        assert cli("train", "given.yaml", "--engine", "sft").code == 0
+        assert len(learned) == 3 * 4
+        assert all("good" in text for text in learned)
+
+    def test_sft_needs_no_temperature(self, cli, refused, here, models, pairs):
+        values = settings(models, data="pairs.jsonl", reward=None, prompts=None, bounds=None, beta=None)
+        write(here / "given.yaml", values)
+        ended = cli("train", "given.yaml", "--engine", "sft")
+        assert ended.code == 0
+        assert "no beta, which has no part in this, 3 steps of 2 prompts × given completions" in ended.err
+        assert numbers("run/policy/tiltlm.json")["beta"] is None
+        message = refused("train", "given.yaml", "--engine", "dpo")
+        assert "beta is missing in given.yaml; without a reward nothing can choose it" in message
+
+
 class TestSample:
     @pytest.mark.parametrize(
         ("flags", "message"),
@@ -468,6 +558,27 @@ class TestSample:
     )
     def test_bad(self, refused, here, flags, message):
         assert message in refused("sample", "recipe.yaml", *flags)
+
+    @pytest.mark.parametrize(("engine", "most"), [("rejection", 32), ("best-of-n", 1), ("quasi-rejection", 32)])
+    def test_no_copies_are_made_of_what_counts_alike(self, cli, here, engine, most):
+        ended = cli("sample", "recipe.yaml", "--engine", engine, "--draws", "32", "--count", "40", "--json", "s.json")
+        assert ended.code == 0
+        found = numbers("s.json")
+        assert all(len(row["completions"]) <= most for row in found["prompts"])
+        assert "no more of 32 draws were kept; for 40, raise --draws, or go on with another --seed" in " ".join(
+            ended.out.split()
+        )
+
+    def test_rejection_gives_as_many_as_it_accepted(self, cli, here):
+        flags = ["--engine", "rejection", "--draws", "32", "--count", "64", "--json", "s.json"]
+        assert cli("sample", "recipe.yaml", *flags).code == 0
+        found = numbers("s.json")
+        accepted = [32 * rate for rate in found["diagnostics"]["acceptance"]]
+        assert [len(row["completions"]) for row in found["prompts"]] == pytest.approx(accepted)
+
+    def test_importance_says_its_effective_sample_size(self, cli, here):
+        assert cli("sample", "recipe.yaml", "--draws", "32", "--json", "s.json").code == 0
+        assert all(1 <= ess <= 32 for ess in numbers("s.json")["diagnostics"]["ess"])
 
     def test_rejection_needs_bounds(self, refused, here, models):
         write(here / "recipe.yaml", settings(models, bounds=None))
@@ -489,7 +600,7 @@ class TestSample:
         assert [row["prompt"] for row in found["prompts"]] == ["the film", "a quiet story", "two friends"]
         for row in found["prompts"]:
             assert row["prompt"] in ended.out
-            assert len(row["completions"]) == 2
+            assert len(row["completions"]) == (1 if engine == "best-of-n" else 2)
             assert all(set(c) == {"text", "reward"} for c in row["completions"])
         assert (found["log_z"] is None) == (engine == "best-of-n")
         again = cli("sample", "recipe.yaml", *flags)

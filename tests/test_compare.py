@@ -11,7 +11,7 @@ import torch
 
 import tiltlm as tl
 from tiltlm.inference.catalogue import decoding_engines, make_engine, name_of, summary_of, training_engines
-from tiltlm.inference.compare import Contender, compare
+from tiltlm.inference.compare import RANKING, Contender, compare
 from tiltlm.inference.decoding.best_of_n import BestOfN
 from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.decoding.importance import Importance
@@ -68,6 +68,12 @@ class TestCatalogue:
             ("rloo", {"grup": 3}, "option 'grup' is none of rloo's; it has group"),
             ("rloo", {"group": "many"}, "option group of rloo is 'many'; it must be a number"),
             ("rloo", {"group": 1}, "group is 1"),
+            (
+                "rloo",
+                {"kl": "Literal"},
+                r"option kl of rloo is 'Literal'; it must name one of (?!.*(Literal|dataclass))",
+            ),
+            ("rloo", {"kl": "dataclass"}, "option kl of rloo is 'dataclass'; it must name one of"),
         ],
     )
     def test_bad(self, name, options, message):
@@ -115,6 +121,9 @@ class TestCompare:
         assert of["rejection"].reward.value == pytest.approx(exact.mean_reward(exact.log_posterior), abs=0.15)
         assert of["best-of-n"].to_posterior is None
         assert of["rloo, then importance"].to_posterior.high < of["rloo"].to_posterior.value + 0.05
+        for result in (of["prior"], of["rloo"]):
+            assert result.elbo.value == pytest.approx(exact.log_z - result.to_posterior.value, rel=1e-6)
+        assert of["rejection"].elbo is None
 
     def test_table_json_and_picture(self, race, tmp_path):
         _, found, of = race
@@ -148,10 +157,21 @@ class TestCompare:
         exact = ex.posterior(world.target, world.prompts)
         (prior,) = found.results
         assert not found.exact
+        assert prior.elbo.value == pytest.approx(exact.elbo(exact.log_prior), abs=5 * prior.elbo.stderr)
+        assert str(found).endswith(RANKING)
         assert ex.kl(exact.log_prior, exact.log_posterior) in prior.to_posterior
         assert ex.kl(exact.log_posterior, exact.log_prior) in prior.from_posterior
         assert prior.from_posterior.width < 0.3
         assert prior.reward.value == pytest.approx(exact.mean_reward(exact.log_prior), abs=5 * prior.reward.stderr)
+
+    def test_the_picture_ranks_by_the_elbo(self, race):
+        """Of two samplers the farther one may have the lower interval: its draws bound log Z the looser."""
+        _, found, _ = race
+        plain = json.loads(json.dumps(found.as_dict()))
+        kept = {r["name"]: r for r in plain["results"] if r["name"] in ("prior", "rloo", "rejection")}
+        kept["prior"]["to_posterior"] = {"value": 0.01, "low": 0.0, "high": None, "level": 0.95}
+        figure = distance_figure({**plain, "results": list(kept.values())})
+        assert [trace.y[0] for trace in figure.data] == ["prior", "rloo", "rejection"]
 
     def test_the_forward_kls_interval_covers(self, monkeypatch):
         """A few exact samples a prompt, unequally many: the errors of both means are in it."""
@@ -216,7 +236,7 @@ class TestCompare:
 
     def test_bad_budgets(self):
         world = small_language()
-        with pytest.raises(tl.InputError, match="samples is 3, which does not pay for one step of rloo"):
+        with pytest.raises(tl.InputError, match="a budget of 3 samples does not pay for one step of rloo"):
             compare(world.target, world.prompts, {"rloo": Contender(RLOO())}, samples=3, lora=None)
         with pytest.raises(tl.InputError, match="either as samples or as seconds"):
             compare(world.target, world.prompts, {}, samples=3, seconds=3)

@@ -31,7 +31,7 @@ from tiltlm.data.split import SHINGLE, content_key, linked, near_duplicates, spl
 from tiltlm.errors import InputError
 from tiltlm.reward_models.data import task_of
 from tiltlm.workflow.inputs import read_prompts, read_rows
-from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.recipe_files import read_recipe
 from tiltlm.workflow.references import require_references
 
 ENGLISH = """\

@@ -36,6 +36,7 @@ def tiny_embedded_model(monkeypatch):
     monkeypatch.setattr(tl, "load_trunk", tiny_trunk, raising=False)
 
 
+@pytest.mark.filterwarnings("ignore:in the first 5 steps all completions")  # what random weights write has no sentiment
 def test_the_readme_example(tiny_embedded_model, capsys):
     (code,) = blocks("README.md")
     assert len(code.strip().splitlines()) <= 18
@@ -70,7 +71,7 @@ def test_the_tutorials_target(tiny_embedded_model):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_recipes_are_valid_and_what_they_point_at_is_there(recipe):
     from tiltlm.workflow.inputs import read_prompts, reward_of
-    from tiltlm.workflow.recipe import read_recipe
+    from tiltlm.workflow.recipe_files import read_recipe
 
     read = read_recipe(recipe, {})
     assert len(read_prompts(read.prompts, read.column)) >= 1

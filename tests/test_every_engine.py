@@ -78,7 +78,7 @@ def test_compare(cli, refused, here):
     assert {result["samples"] for result in samples["results"] if result["steps"]} <= {36, 39, 45}
     assert seconds["budget"] == "1 seconds of training"
     assert "KL(q‖p*)" in (here / "run" / "compare.html").read_text()
-    assert "raise samples" in refused("compare", "recipe.yaml", "--engines", "rloo", "--budget", "2")
+    assert "raise it" in refused("compare", "recipe.yaml", "--engines", "rloo", "--budget", "2")
 
 
 def test_the_list_of_engines(cli, refused, here):

@@ -281,7 +281,7 @@ def test_a_source_is_refused_exactly_where_training_refuses_it(key):
         "replay": Replay(),
         "lag": Lagging(),
         "teacher": Decoded(decoding_engines()["rejection"]),
-        "data": Given(SimpleNamespace()),  # pyright: ignore[reportArgumentType]
+        "data": Given(SimpleNamespace(pairs=None)),  # pyright: ignore[reportArgumentType]
     }
     values = {"replay": 8, "lag": 8, "teacher": "rejection", "data": "rows.jsonl"}
     verdicts = set()

@@ -385,6 +385,32 @@ def test_settings_that_make_no_sense(changes, message):
         tl.fit(world.target, world.prompts, lora=None, **changes)
 
 
+def test_an_engine_by_its_name_is_refused():
+    with pytest.raises(tl.InputError, match=r"engine is 'rloo'; give one such as RLOO\(\)"):
+        tl.fit(tabular().target, tabular().prompts, "rloo", lora=None, steps=1)
+
+
+@pytest.mark.parametrize(("reward", "steps", "said"), [("same", 12, 1), ("same", 4, 0), ("rarely", 12, 0)])
+def test_rewards_that_do_not_differ_are_said_once(reward, steps, said, recwarn):
+    """Prompts may differ in their rewards: nothing is learned where the completions of each are alike."""
+    calls = []
+
+    def same(prompts):
+        return [float(prompt == "0") for prompt in prompts]
+
+    def rarely(prompts):
+        calls.append(1)
+        values = same(prompts)
+        return values if len(calls) < 5 else [*values[1:], 0.5]
+
+    world = tabular(prompts=("0", "1"))
+    target = world.prior * tl.Reward(same if reward == "same" else rarely, beta=0.5)
+    tl.fit(target, world.prompts, tl.RLOO(group=2), lora=None, steps=steps, batch=2)
+    found = [str(warning.message) for warning in recwarn if "nothing to learn from" in str(warning.message)]
+    assert len(found) == said
+    assert all("in the first 5 steps all completions of a prompt got the same reward" in message for message in found)
+
+
 def test_settings_are_taken_as_a_whole_or_one_by_one():
     with pytest.raises(TypeError):
         tl.fit(tabular().target, ["0"], stepz=3)

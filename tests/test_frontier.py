@@ -8,10 +8,10 @@ import torch
 from torch.testing import assert_close
 
 import tiltlm as tl
-from tiltlm.diagnostics.frontier import PriorSample, _floored, best_of_n
+from tiltlm.diagnostics.frontier import PriorSample, best_of_n, clipped
 from tiltlm.diagnostics.tilt import tilt, tilt_jackknife
+from tiltlm.estimates import Interval
 from tiltlm.posterior import exact as ex
-from tiltlm.records import Interval
 from tiltlm.testing import fixture_a, language
 from tiltlm.testing.fixtures import sine_logit
 
@@ -166,10 +166,10 @@ def test_a_budget_is_found_where_the_correction_falls_again(monkeypatch, world):
 
 
 def test_a_kl_that_is_not_known_is_not_shown_as_none():
-    unknown = _floored(Interval(math.nan, math.nan, math.nan))
+    unknown = clipped(Interval(math.nan, math.nan, math.nan), 0.0)
     assert all(math.isnan(end) for end in (unknown.value, unknown.low, unknown.high))
-    assert _floored(Interval(-0.2, -0.3, -0.1)) == Interval(0.0, 0.0, 0.0)
-    assert _floored(Interval(0.1, -0.3, math.inf)) == Interval(0.1, 0.0, math.inf)
+    assert clipped(Interval(-0.2, -0.3, -0.1), 0.0) == Interval(0.0, 0.0, 0.0)
+    assert clipped(Interval(0.1, -0.3, math.inf), 0.0) == Interval(0.1, 0.0, math.inf)
 
 
 def test_a_prediction_needs_two_draws_a_prompt(world):
@@ -248,6 +248,45 @@ def test_it_says_what_the_draws_cannot_tell(world):
     assert not plan.chosen.reliable
     assert plan.frontier[0].reliable
     assert not plan.frontier[-1].reliable
+
+
+def test_what_is_needed_is_the_same_in_the_table_and_in_words(world):
+    """The draws there are say too little of what they cannot tell: their KL is at most log n."""
+    plan = tl.plan(world.target, world.prompts, beta=0.03, samples=16)
+    (note,) = [note for note in plan.notes if "draw ~" in note]
+    assert f"for beta = 0.03 draw ~{plan.chosen.needed}" in note
+    assert plan.chosen.needed > 20 * math.exp(math.log(16))
+    beyond = [point.needed for point in plan.frontier if not point.reliable]
+    assert beyond == sorted(beyond)
+
+
+def test_nothing_is_predicted_beyond_the_bounds():
+    """One draw of 64 has the best reward there is, and the jackknife would go on past it."""
+    sample = PriorSample(
+        (torch.tensor([0.0] * 63 + [1.0], dtype=torch.float64),) * 3, ("a", "b", "c"), bounds=(0.0, 1.0)
+    )
+    betas = torch.tensor([0.5, 0.3, 0.2, 0.1], dtype=torch.float64)
+    free = [point.reward for point in replace(sample, bounds=(-math.inf, math.inf)).points(betas)]
+    assert max(reward.value for reward in free) > 1.01
+    for point in sample.points(betas):
+        assert 0 <= point.reward.low <= point.reward.value <= point.reward.high <= 1
+    assert float(sample.unbiased(betas, "reward").max()) == 1.0
+
+
+def test_a_goal_beyond_the_bounds_is_refused(world):
+    with pytest.raises(
+        tl.InputError, match=r"reward_goal is 1.6, but with these draws the frontier goes from .* to 1\.\d+ reward"
+    ):
+        tl.plan(world.target, world.prompts, reward_goal=1.6, samples=64)
+
+
+def test_the_kl_of_the_best_draw_is_that_of_one_of_n_however_small_beta():
+    """r / beta of 1e30 nats takes all digits with it, if log Z is subtracted from it."""
+    reward = torch.rand(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tiny = tilt(reward, torch.tensor([1e-30, 1e-3], dtype=torch.float64))
+    assert tiny.kl.tolist() == pytest.approx([math.log(8)] * 2, rel=1e-9)
+    left = tilt_jackknife(reward, torch.tensor([1e-30], dtype=torch.float64))
+    assert float(left.kl) == pytest.approx(8 * math.log(8) - 7 * math.log(7), rel=1e-9)
 
 
 def test_a_constant_reward_is_said_to_teach_nothing(world):

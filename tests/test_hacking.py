@@ -17,11 +17,11 @@ from tiltlm.diagnostics.frontier import PriorSample
 from tiltlm.diagnostics.gold import _best_of_n, gold_frontier
 from tiltlm.diagnostics.overoptimisation import curve, fit_overoptimisation
 from tiltlm.diagnostics.tilt import best_of_n_kl, best_of_n_mean, best_of_n_shares, tilt_jackknife, tilt_mean
+from tiltlm.estimates import Estimate
 from tiltlm.evidence.gold import as_gold, gold_values
 from tiltlm.inference.watch import Watch, batch_stderr
 from tiltlm.lm.load import load
 from tiltlm.posterior import exact as ex
-from tiltlm.records import Estimate
 from tiltlm.testing import language
 from tiltlm.testing.fixtures import sine_logit
 from tiltlm.workflow.samples import parts_moved

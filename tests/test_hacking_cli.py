@@ -16,7 +16,7 @@ from tiltlm.diagnostics.overoptimisation import curve
 from tiltlm.report.folder import read_run
 from tiltlm.report.hacking import fitted, hacking_lines, overoptimisation_figure
 from tiltlm.report.html import write_report
-from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.recipe_files import read_recipe
 from tiltlm.workflow.run import Run
 
 MORE = (

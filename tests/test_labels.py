@@ -741,7 +741,10 @@ class TestCommands:
                 "asks for 'weather'; it may ask for prompts, completions, answers",
             ),
             (["--by", "bald", "--members", "m.py:raises"], "raised RuntimeError (no weights)"),
-            (["--by", "bald", "--members", "m.py:leaves"], "m.py:leaves' raised SystemExit (4); mend it"),
+            (
+                ["--by", "bald", "--members", "m.py:leaves"],
+                "m.py:leaves' raised SystemExit (4) in m.py, line 28; mend it",
+            ),
             (
                 ["--by", "bald", "--members", "m.py:few", "--timeout", "20"],
                 "m.py:few' returned 1 values for",

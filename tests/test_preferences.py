@@ -319,6 +319,15 @@ def test_demonstrations_and_messages(chat):
     assert demonstrations(chat, rows).pairs is None
 
 
+def test_the_chosen_completions_are_demonstrations(chat):
+    texts = [{"prompt": "the film", "chosen": " good", "rejected": " bad", "source": "mine"}]
+    draws = demonstrations(chat, texts).draws
+    assert draws.texts == (" good",)
+    assert draws.prompts.columns == {"source": ("mine",)} or list(draws.prompts.columns["source"]) == ["mine"]
+    talk = [{"chosen": [user("the film"), assistant("good")], "rejected": [user("the film"), assistant("bad")]}]
+    assert demonstrations(chat, talk).draws.texts == ("good",)
+
+
 BAD_ROWS = [
     ({"prompt": "0", "chosen": "1"}, "row 1 has no 'rejected'; it has 'prompt', 'chosen'"),
     ({"chosen": "1", "rejected": "0"}, "row 1 has no 'prompt'"),
@@ -375,6 +384,10 @@ def test_engines_say_what_they_need(b):
     with pytest.raises(tl.InputError, match="no prompt of this step has two completions"):
         tl.fit(world.target, written.draws.prompts, engine=DPO(), source=Given(alone), steps=1, **QUICK)
     pairs = preferences(world.prior, tabular_rows())
+    with pytest.raises(
+        tl.InputError, match=r"SFT would learn the rejected ones as well; give demonstrations\(prior, rows\)"
+    ):
+        tl.fit(target, pairs.draws.prompts, engine=SFT(), source=Given(pairs), steps=1, **QUICK)
     with pytest.raises(tl.InputError, match="IPO cannot learn from"):
         tl.fit(target, pairs.draws.prompts, engine=IPO(), source=Given(pairs), steps=1, **QUICK)
 

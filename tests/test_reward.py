@@ -175,11 +175,26 @@ class TestReturned:
         def reward(completions):
             return [1 / len(c) for c in completions]  # the third is empty
 
-        with pytest.raises(tl.InputError, match=r"raised ZeroDivisionError \(.*\) for completion ''; mend"):
+        with pytest.raises(
+            tl.InputError, match=r"raised ZeroDivisionError \(.*\) in test_reward.py, line \d+ for completion ''; mend"
+        ):
             log(tl.Reward(reward))
         found = log(tl.Reward(reward, on_error="drop"))
         assert found.kept.tolist() == [True, True, False, True]
         assert found.log[found.kept].tolist() == [1 / 4, 1 / 3, 1 / 4]
+
+    def test_a_column_that_is_not_there_is_asked_for_by_name(self):
+        def named(completions, answer, **columns):
+            return [1.0] * len(completions)
+
+        def by_key(completions, **columns):
+            return [float(a == c) for a, c in zip(columns["answer"], completions, strict=True)]
+
+        with pytest.raises(tl.InputError, match="reward 'named' asks for 'answer', which is not among its arguments"):
+            log(tl.Reward(named))
+        said = r"'by_key' raised KeyError \('answer'\) in .* for completion .* \(the prompts' columns are none\); mend"
+        with pytest.raises(tl.InputError, match=said):
+            log(tl.Reward(by_key))
 
     def test_leaving_the_program_is_raising(self):
         """`sys.exit` in a reward must not end the run with the reward's exit code and no word."""
@@ -211,7 +226,7 @@ class TestReturned:
                 raise RuntimeError("too\nmany")
             return [1.0]
 
-        with pytest.raises(tl.InputError, match=r"raised RuntimeError \(too many\) for 4 completions together"):
+        with pytest.raises(tl.InputError, match=r"raised RuntimeError \(too many\) in .* for 4 completions together"):
             log(tl.Reward(reward))
 
     def test_bounds_are_closed(self):

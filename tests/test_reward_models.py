@@ -21,7 +21,7 @@ from tiltlm.reward_models.calibration import calibration, check_reward_model
 from tiltlm.reward_models.model import RewardModel
 from tiltlm.reward_models.train import train_reward_model
 from tiltlm.reward_models.tune import Tuning, batch_rows
-from tiltlm.workflow.recipe import read_recipe
+from tiltlm.workflow.recipe_files import read_recipe
 from tiltlm.workflow.run import Run
 from tiltlm.workflow.uncertainty import KINDS
 
@@ -550,6 +550,8 @@ def test_train_check_and_use_it_from_the_command_line(here, cli, models):
     assert (here / "c.html").is_file()
     write(here / "recipe.yaml", settings(models, reward="rm", bounds=None))
     assert cli("plan", "recipe.yaml", "--beta", 0.5).code == 0
+    again = cli("reward", "fit", "--data", "taste.jsonl", "--model", models / "chat", "--out", "rm")
+    assert (again.code, "out 'rm' holds a reward model already; choose another folder" in again.err) == (2, True)
 
 
 def test_bad_settings_are_one_sentence(here, refused, models):
@@ -634,7 +636,8 @@ class TestUncertaintyInARecipe:
         assert "with its uncertainty: lower-confidence-bound" in (learned / "run/policy/README.md").read_text()
         ended = cli("sample", "recipe.yaml", *flags, "--engine", "smc", "--draws", "8")
         assert ended.code == 0, ended.err
-        cli("plan", "recipe.yaml", *flags[:2], "--uncertainty-options", "members=4")
+        ended = cli("certify", "recipe.yaml", *flags[:2], "--uncertainty-options", "members=4")
+        assert "trained with another reward than it is judged by now" in ended.err
         assert (learned / "run/members.safetensors").read_bytes() != kept
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiltlm.rewards.catalogue import make_part
 from tiltlm.tasks import about, applications, task_recipe, tasks
 from tiltlm.workflow import methods
 from tiltlm.workflow.methods import METHODS
-from tiltlm.workflow.recipe import quickened, read_recipe
+from tiltlm.workflow.recipe_files import quickened, read_recipe
 from tiltlm.workflow.templates import templated
 
 FILES = ("prior", "prior-then-greedy", "prior-then-mbr", "lead-1")

@@ -141,6 +141,18 @@ class TestLanguages:
         assert "do not look like 'fr'" in refused("train", recipe(german, reward=parts))
 
 
+def test_test_prompts_that_are_trained_on_are_told(cli, recipe):
+    flags = ("task", recipe(), "--methods", "copy", "--table", "--samples", "2")
+    said = "2 of the 2 test prompts (test.jsonl) are among those that are trained on (train.jsonl)"
+    assert said in cli(*flags).err
+    assert "among those" not in cli("task", recipe(test_rows=[GOOD[0] | {"prompt": "a a"}]), *flags[2:]).err
+
+
+def test_methods_of_no_name_are_refused(refused, recipe):
+    name = recipe(methods={"dpp": {"lr": 0.1}})
+    assert "method is 'dpp'; choose prior, " in refused("task", name, "--methods", "copy", "--table")
+
+
 def test_names(refused):
     assert "did you mean 'quiz'" in refused("data", "quizz")
     assert "split is 'dev'; data set 'stories' has train, validation, test" in refused(

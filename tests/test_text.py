@@ -184,6 +184,13 @@ def test_stop_strings_end_completions_without_a_space_of_their_own(spaced, space
     assert spaced.convert_ids_to_tokens(completed(draws)) == ["yes", "\n"]
 
 
+def test_a_stop_string_may_begin_with_a_space_that_the_completion_begins_with(spaced, spaced_lm):
+    yes, spaced_yes = (spaced.convert_tokens_to_ids(token) for token in ("yes", "▁yes"))
+    prior = spaced_lm.prior(stop=(" yes",), max_new_tokens=4)
+    assert prior.ends([spaced_yes])
+    assert not prior.ends([yes, yes])
+
+
 def test_a_space_that_a_completion_begins_with_is_in_its_text(spaced, spaced_lm):
     yes, spaced_yes, no = (spaced.convert_tokens_to_ids(token) for token in ("yes", "▁yes", "▁no"))
     prior = spaced_lm.prior(max_new_tokens=4)
@@ -206,8 +213,8 @@ def test_broken_characters_are_decoded_as_by_themselves():
         "a": 261,
     }
     tokenizer = LlamaTokenizer(vocab=vocab, merges=[("▁", "a")])
-    rows = torch.tensor([[0xC3, 261], [0xC3, 0xA4], [260, 0xC3]])
-    assert decode(rows, torch.ones_like(rows).bool(), tokenizer) == ("\ufffda", "ä", " a\ufffd")
+    rows = [[0xC3, 261], [0xC3, 0xA4], [260, 0xC3]]
+    assert decode(rows, tokenizer, on_its_own=False) == ("\ufffda", "ä", " a\ufffd")
 
 
 def test_likelihoods_judge_the_completion_that_was_drawn(spaced, spaced_lm):
@@ -225,7 +232,6 @@ def test_likelihoods_judge_the_completion_that_was_drawn(spaced, spaced_lm):
 def test_an_encoder_decoders_completion_is_a_text_of_its_own():
     tokenizer = train_tokenizer(["yes no yes no"] * 4, 300)
     ours = tokens_of("yes", tokenizer)
-    assert decode(torch.tensor([ours]), torch.ones(1, len(ours), dtype=torch.bool), tokenizer) == ("yes",)
     lm = load(text_model("t5", vocab=len(tokenizer)), tokenizer)
     draws = demonstrations(lm.prior(), [{"prompt": "no", "completion": "yes"}]).draws
     assert completed(draws)[:-1] == ours
@@ -249,19 +255,17 @@ def test_other_tokenizers_read_and_write_as_they_did(make):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
         for before in ("a", "a ", "no:\n", "ye"):
             assert tokens_of(text, tokenizer, after=before) == expected
-        row = torch.tensor([expected], dtype=torch.long)
-        assert decode(row, torch.ones_like(row).bool(), tokenizer) == (
-            tokenizer.decode(expected, skip_special_tokens=True),
-        )
+        said = tokenizer.decode(expected, skip_special_tokens=True)
+        assert decode([expected], tokenizer, on_its_own=False) == (said,)
 
 
 def test_decoding_takes_one_pass(spaced):
     """A completion's text costs a token more, and no call of its own."""
     counted = copy.copy(spaced)
     calls = []
-    rows = torch.full((8, 4), spaced.convert_tokens_to_ids("yes"))
-    decode(rows, torch.ones_like(rows).bool(), counted)
+    rows = [[spaced.convert_tokens_to_ids("yes")] * 4] * 8
+    decode(rows, counted, on_its_own=False)
     counted.batch_decode = lambda ids, **settings: calls.append(len(ids)) or spaced.batch_decode(ids, **settings)
     counted.decode = lambda *args, **settings: pytest.fail("a call for a row")
-    assert decode(rows, torch.ones_like(rows).bool(), counted) == ("yesyesyesyes",) * 8
+    assert decode(rows, counted, on_its_own=False) == ("yesyesyesyes",) * 8
     assert calls == [8]

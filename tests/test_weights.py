@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tiltlm import weights
-from tiltlm.records import Estimate, Interval, Weighted
+from tiltlm.estimates import Estimate, Interval
+from tiltlm.records import Weighted
 from tiltlm.testing import small_language
 
 INDEX = torch.tensor([0, 1, 0, 1, 1, 3])

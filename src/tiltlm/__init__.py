@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiltlm.diagnostics.frontier import Plan, plan
     from tiltlm.diagnostics.overoptimisation import fit_overoptimisation
     from tiltlm.errors import InputError, TiltWarning
+    from tiltlm.estimates import Estimate, Interval
     from tiltlm.evidence.constraint import Constraint
     from tiltlm.evidence.members import Members, PriorRewards, prior_rewards
     from tiltlm.evidence.moments import Moment, match_moments
@@ -90,7 +91,7 @@ if TYPE_CHECKING:
     from tiltlm.lm.masked import load_masked_lm
     from tiltlm.lm.trunk import load_trunk
     from tiltlm.mismatch import Mismatch, Tolerance
-    from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, Weighted
+    from tiltlm.records import Draws, Prompts, Scored, Weighted
     from tiltlm.reward_models.calibration import Calibration, check_reward_model
     from tiltlm.reward_models.model import RewardModel
     from tiltlm.reward_models.train import train_reward_model
@@ -117,7 +118,7 @@ _HOME = {
     "Decoded": "inference.source",
     "Draws": "records",
     "EM": "inference.training.filtered.em",
-    "Estimate": "records",
+    "Estimate": "estimates",
     "EvidenceAverage": "evidence.uncertain",
     "Explanation": "explanation.verdict",
     "FDivergence": "inference.training.matching.f_divergence",
@@ -128,7 +129,7 @@ _HOME = {
     "IPO": "inference.training.preferences.ipo",
     "Importance": "inference.decoding.importance",
     "InputError": "errors",
-    "Interval": "records",
+    "Interval": "estimates",
     "Isolated": "evidence.running",
     "IteratedRAFT": "inference.training.filtered.raft",
     "Lagging": "inference.lagging",

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.special import stdtrit
 from torch import Tensor
+
+from tiltlm.content import content
+from tiltlm.estimates import Estimate
 
 Message = Mapping[str, Any]
 Text = str | tuple[Message, ...]
@@ -91,25 +90,8 @@ class Prompts:
     def column_fingerprints(self) -> dict[str, str]:
         """A hash of each column's values, which the model does not read and rewards do."""
         return {
-            name: hashlib.sha256(_written(values).encode()).hexdigest()[:16] for name, values in self.columns.items()
+            name: hashlib.sha256(content(values).encode()).hexdigest()[:16] for name, values in self.columns.items()
         }
-
-
-def _written(value: Any) -> str:
-    """A value as text that tells it from others and is the same in another process; of an object that is all its `repr` says."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{key!r}: {_written(item)}' for key, item in value.items()))}}}"
-    if isinstance(value, list | tuple):
-        return f"{type(value).__name__}[{', '.join(map(_written, value))}]"
-    if isinstance(value, set | frozenset):
-        return f"set[{', '.join(sorted(map(_written, value)))}]"
-    if isinstance(value, Tensor):
-        return f"{value.dtype}{value.tolist()}"
-    if hasattr(value, "__array_interface__"):  # an image, or numpy's, whose repr leaves the middle out
-        array = np.asarray(value)
-        said = _written(array.tolist()) if array.dtype.hasobject else hashlib.sha256(array.tobytes()).hexdigest()
-        return f"{array.dtype}{array.shape}{said}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 @dataclass(frozen=True)
@@ -371,97 +353,3 @@ POLICY_FIELDS = frozenset({"log_q", "kl", "values"})
 
 Info = Mapping[str, Tensor]
 """What an engine reports of a step: named tensors, detached; the loop logs their means."""
-
-Kind = Literal["point", "lower", "upper"]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with what one needs to know of it.
-
-    Attributes:
-        value: the estimate.
-        stderr: its standard error; NaN where one sample cannot tell.
-        n: the samples behind it.
-        kind: whether its expectation is the quantity ("point") or bounds it ("lower", "upper").
-        df: degrees of freedom of the standard error; inf where it is as good as known.
-    """
-
-    value: float
-    stderr: float
-    n: int
-    kind: Kind = "point"
-    df: float = math.inf
-
-    @staticmethod
-    def mean(estimates: Sequence[Estimate]) -> Estimate:
-        """The mean of independent estimates of one kind, such as one a prompt."""
-        count = len(estimates)
-        stderr, df = error_of_sum([(e.stderr / count, e.df) for e in estimates])
-        return Estimate(
-            sum(e.value for e in estimates) / count, stderr, sum(e.n for e in estimates), estimates[0].kind, df
-        )
-
-    def plus(self, other: Estimate) -> Estimate:
-        """The sum with an independent estimate; it is a bound if this one is."""
-        stderr, df = error_of_sum([(self.stderr, self.df), (other.stderr, other.df)])
-        return replace(self, value=self.value + other.value, stderr=stderr, df=df)
-
-    def less(self, other: Estimate) -> Estimate:
-        """The difference from an independent estimate; it is a bound if this one is."""
-        return self.plus(replace(other, value=-other.value))
-
-    @property
-    def margin(self) -> float:
-        """Half the width of its 95% interval, in Student's law: of two numbers a standard error says little."""
-        return float(stdtrit(self.df, 0.975)) * self.stderr
-
-    def __str__(self) -> str:
-        sign = {"point": "", "lower": "≥ ", "upper": "≤ "}[self.kind]
-        return f"{sign}{self.value:.3f} ± {self.stderr:.3f}"
-
-    def as_dict(self) -> dict[str, float | int | str]:
-        """Plain values for JSON."""
-        return {"value": self.value, "stderr": self.stderr, "n": self.n, "kind": self.kind}
-
-
-def error_of_sum(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Standard error of a sum of independent terms, and its degrees of freedom (Satterthwaite 1946; Welch 1947).
-
-    Args:
-        errors: of each term.
-    """
-    variances = [(stderr**2, df) for stderr, df in errors]
-    total = sum(variance for variance, _ in variances)
-    inverse = sum(variance**2 / df for variance, df in variances if variance)
-    return math.sqrt(total), total**2 / inverse if inverse else math.inf
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval; `high` is inf where nothing bounds the quantity from above.
-
-    Attributes:
-        value: the best single number inside, NaN where there is none.
-        level: the confidence level.
-    """
-
-    value: float
-    low: float
-    high: float
-    level: float = 0.95
-
-    @property
-    def width(self) -> float:
-        return self.high - self.low
-
-    def __contains__(self, number: float) -> bool:
-        return self.low <= number <= self.high
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Plain values for JSON, null where a number is missing."""
-        pairs = {"value": self.value, "low": self.low, "high": self.high, "level": self.level}
-        return {name: number if math.isfinite(number) else None for name, number in pairs.items()}

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.records import Estimate, Weighted
+from tiltlm.estimates import Estimate
+from tiltlm.records import Weighted
 
 
 def group_sum(values: Float[Tensor, " B"], index: Int[Tensor, " B"], groups: int) -> Float[Tensor, " P"]:

@@ -39,6 +39,13 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What Typer raises for flags it does not understand; its name is private."""
 INTERRUPTED = 130
+SAFE = {
+    "train": "what the last checkpoint holds is safe: go on with --resume",
+    "reward fit": "what the last checkpoint holds is safe: go on with --resume",
+    "start": "what the last checkpoint holds is safe: the same command goes on",
+    "task": "what is finished is kept: the same command goes on",
+}
+"""What Ctrl-C leaves of a command that goes on."""
 DEFAULT_CONTEST = "prior,best-of-n,importance,rloo,var-grad+replay,sft,rloo/importance"
 """One of each family, and a trained policy corrected by its weights."""
 
@@ -60,13 +67,14 @@ def plan(recipe: Recipe, json_file: Json = None) -> None:
     """Predict reward and KL at every beta, from prior samples alone."""
     require_writable(json_file)
     with _draw_bars() as bars:
-        found = _run(recipe, bars).plan()
+        run = _run(recipe, bars)
+        found = run.plan()
     say(str(found))
     if recipe.moments:
         from tiltlm.workflow.moments import moments_text
 
         say(moments_text(recipe.folder))
-    write_result(json_file, found.as_dict())
+    write_result(json_file, {**found.as_dict(), "about": run.about})
 
 
 @app.command(epilog="Examples: tiltlm train recipes/film.yaml · tiltlm train recipes/film.yaml --resume")
@@ -81,7 +89,9 @@ def train(
     with _draw_bars() as bars:
         run = _run(recipe, bars)
         beta = run.prepare(resume=resume)
-    stderr.print(f"beta {beta:.3g}, {recipe.steps} steps of {recipe.batch} prompts × {recipe.group} completions")
+    aim = f"beta {beta:.3g}" if recipe.has_temperature or recipe.moments else "no beta, which has no part in this"
+    many = "given completions" if recipe.data else f"{recipe.group} completions"
+    stderr.print(f"{aim}, {recipe.steps} steps of {recipe.batch} prompts × {many}")
     run.train(resume=resume)
     if not join().main:
         return
@@ -107,10 +117,11 @@ def certify(
     """Say how far a policy is from the posterior: KL(q||p*) as an interval."""
     require_writable(json_file)
     with _draw_bars() as bars:
-        certificate = _run(recipe, bars).certify(policy)
+        run = _run(recipe, bars)
+        certificate = run.certify(policy)
     say(str(certificate))
     _print_hacking(recipe.folder, parts=policy is None)
-    write_result(json_file, certificate.as_dict())
+    write_result(json_file, {**certificate.as_dict(), "about": run.about})
 
 
 @app.command(
@@ -154,6 +165,9 @@ def sample(
             say(text)
         if not row["completions"]:
             console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
+        elif len(row["completions"]) < count:
+            less = f"  no more of {draws} draws were kept; for {count}, raise --draws, or go on with another --seed"
+            console.print(less, style="yellow")
     log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
     signs = {name: values.tolist() for name, values in weighted.diagnostics.items()}
     if signs:
@@ -309,7 +323,8 @@ def run() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        stderr.print("interrupted; what the last checkpoint holds is safe: go on with --resume", soft_wrap=True)
+        left = [safe for command, safe in SAFE.items() if " ".join(sys.argv[1:]).startswith(command)]
+        stderr.print("; ".join(["interrupted", *left]), soft_wrap=True)
     sys.exit(code or 0)
 
 

@@ -14,7 +14,8 @@ import yaml
 from rich.markup import escape
 
 from tiltlm.errors import InputError
-from tiltlm.workflow.recipe import MomentSpec, Recipe, read_recipe
+from tiltlm.workflow.recipe import MomentSpec, Recipe
+from tiltlm.workflow.recipe_files import read_recipe
 
 Json = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", show_default=False)]
 Seed = Annotated[int, typer.Option(help="of everything random", min=0)]

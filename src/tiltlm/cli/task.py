@@ -15,7 +15,8 @@ from tiltlm.cli.options import Json, recipe_command
 from tiltlm.cli.output import console, require_writable, say, stderr, write_result
 from tiltlm.errors import InputError
 from tiltlm.tasks import about, applications, task_recipe, tasks
-from tiltlm.workflow.recipe import Recipe, quickened
+from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.recipe_files import quickened
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -22,18 +22,18 @@ from tiltlm.diagnostics.evidence_bounds import (
     LogZBounds,
     kl_interval,
     log_z_bounds,
-    mean_stderr,
     pooled_spread,
     prompt_bounds,
     upper_terms,
     with_log_z,
 )
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate, Interval
 from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.rejection import Rejection, has_upper_bound
 from tiltlm.inference.decoding.smc import SMC
 from tiltlm.protocols import Sampler
-from tiltlm.records import Draws, Estimate, Interval, Prompts, Scored, shown
+from tiltlm.records import Draws, Prompts, Scored, shown
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 from tiltlm.weights import group_count, pareto_k
@@ -175,6 +175,10 @@ def certify(
     Raises:
         InputError: if no completion has a usable reward.
     """
+    if samples < 2:
+        raise InputError(f"samples is {samples}; errors are told by how draws of a prompt differ, so draw at least 2")
+    if not hasattr(sampler, "draw"):
+        raise InputError(f"sampler is a {type(sampler).__name__}, which draws nothing; give a policy, or lm.prior()")
     encoded = target.prior.encode(prompts)
     rng = generator(seed, "certify")
     scored = require_finite(target.score(sampler.draw(encoded, samples, rng)))
@@ -346,7 +350,7 @@ def _mean_of_all(estimates: Sequence[Estimate | None]) -> Estimate | None:
 
 def _group_estimate(values: Float[Tensor, " B"], index: Tensor, prompts: int) -> Estimate:
     groups = [values[index == p] for p in range(prompts)]
-    return Estimate.mean([Estimate(float(g.mean()), mean_stderr(g), len(g), df=len(g) - 1) for g in groups])
+    return Estimate.mean([Estimate.of(group) for group in groups])
 
 
 def _cautions(scored: Scored) -> list[str]:

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tiltlm.records import Draws, Interval
+from tiltlm.estimates import Z95, Interval
+from tiltlm.records import Draws
 from tiltlm.weights import group_mean
-
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)

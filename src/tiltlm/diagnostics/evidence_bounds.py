@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from tiltlm.estimates import Estimate, Interval
 from tiltlm.inference.decoding.smc import SMC
 from tiltlm.inference.source import at_most
 from tiltlm.protocols import Sampler
-from tiltlm.records import Estimate, Interval, Prompts, Scored
+from tiltlm.records import Prompts, Scored
 from tiltlm.target import Target
 
 RUNS = 4
@@ -78,26 +79,23 @@ def prompt_bounds(
         pooled: how the upper bound's terms differ between exact samples (`pooled_spread`), used where M = 1; without it a
             single exact sample has no error to go by, and there is no upper side.
         drawn: completions that were drawn, if some of them had no reward and are not among the N: q is then what it is of
-            completions with a reward, and Z, to which the others add nothing, is N / drawn of what the N say.
+            completions with a reward, and Z, to which the others add nothing, is N / drawn of what the N say. The log of
+            that share is too low by (1/share - 1) / (2 drawn) in expectation, and the upper bound of log Z a bound up to that.
     """
     n = len(log_w)
     drawn = drawn or n
-    possible = bool((log_w > -torch.inf).all())
     peak = torch.cat([log_w, log_w_exact]).max().nan_to_num(neginf=0.0)
     w = (log_w - peak).exp()
     relative = w / w.mean()
     share = Estimate(math.log(n / drawn), math.sqrt((drawn - n) / (drawn * n)), n)
-    elbo = Estimate(float(log_w.mean()), mean_stderr(log_w), n, df=n - 1)
-    log_z = Estimate(float(w.mean().log() + peak), mean_stderr(relative), n, "lower", n - 1)
-    # with a draw that the posterior rules out, the ELBO is -inf for certain, and so the gap is inf
-    gap = Estimate(math.inf, 0.0, n, "lower")
-    if possible:
-        gap = Estimate(log_z.value - elbo.value, mean_stderr(relative - log_w), n, "lower", n - 1)
+    elbo = Estimate.of(log_w)
+    log_z = Estimate.of(relative, "lower").off(float(w.mean().log() + peak))
+    # with a draw that the posterior rules out, the ELBO is -inf for certain, and so the gap is inf, whatever log Z is
+    impossible = elbo.value == -math.inf
+    gap = Estimate.of(relative - log_w, "lower").off(math.inf if impossible else log_z.value - elbo.value)
     terms = of_samples(upper_terms(log_w, log_w_exact), pooled)
-    log_z_high = high = None
-    if terms is not None:
-        log_z_high = terms.plus(replace(log_z, value=0.0)).plus(share)
-        high = terms.plus(replace(gap, value=-elbo.value))
+    log_z_high = None if terms is None else terms.plus(log_z.off(0.0)).plus(share)
+    high = None if terms is None else terms.plus(gap.off(-elbo.value))
     ess = float((w.sum().square() / w.square().sum()).nan_to_num(nan=0.0))
     return Bounds(elbo.plus(share), log_z.plus(share), log_z_high, gap, high, ess, len(log_w_exact))
 
@@ -129,12 +127,7 @@ def of_samples(terms: Float[Tensor, " M"], pooled: Estimate | None, each: int = 
         return None
     if m == 1 and pooled is not None:
         return replace(pooled, value=float(terms), n=each, kind="upper")
-    return Estimate(float(terms.mean()), mean_stderr(terms), m * each, "upper", m - 1)
-
-
-def mean_stderr(values: Float[Tensor, " N"]) -> float:
-    """Standard error of a mean; 0 where the mean is -inf, which no further draw can change."""
-    return float(values.std()) / math.sqrt(len(values)) if values.isfinite().all() else 0.0
+    return Estimate.of(terms, "upper", each)
 
 
 # --- bounds by an engine ---
@@ -174,10 +167,7 @@ def log_z_bounds(
     """
     runs = max(RUNS, engine.repeats)
     free = engine.log_z_runs(target, prompts, runs, proposal=proposal, rng=rng)
-    lower = tuple(
-        Estimate(float(row.mean()), mean_stderr(row), runs * engine.particles, "lower", runs - 1)
-        for row in free.double()
-    )
+    lower = tuple(Estimate.of(row, "lower", engine.particles) for row in free.double())
     if exact is None or not len(exact):
         return LogZBounds(lower, (None,) * len(prompts))
     some = at_most(exact, runs, rng).draws

@@ -20,8 +20,9 @@ from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
 from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
 from tiltlm.diagnostics.tilt import Tilted, best_of_n_kl, best_of_n_shares, tilt, tilt_jackknife
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate, Interval
 from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
-from tiltlm.records import Estimate, Interval, Prompts, Scored, shown
+from tiltlm.records import Prompts, Scored, shown
 from tiltlm.target import Target
 from tiltlm.weights import pareto_k
 
@@ -100,20 +101,25 @@ class PriorSample:
     Attributes:
         rewards: of the prompts whose draws tell something: with hard constraints, those with at least two draws inside.
         left_out: the number of the others.
+        bounds: smallest and largest reward that there can be, where the evidence knows; no prediction is beyond them.
     """
 
     rewards: tuple[Float[Tensor, " n"], ...]
     names: tuple[str, ...]
     left_out: int = 0
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @classmethod
-    def of(cls, scored: Scored, beta: float) -> PriorSample:
+    def of(cls, scored: Scored, beta: float, log_bounds: tuple[float, float] | None = None) -> PriorSample:
+        """Of draws scored at `beta`; `log_bounds` are the evidence's, at the same temperature."""
+        low, high = (beta * bound for bound in log_bounds or (-math.inf, math.inf))
         index, reward = scored.draws.prompt_index, beta * scored.log_evidence.double()
         texts = scored.draws.prompts.texts
         drawn = [p for p in range(len(texts)) if (index == p).any()]
         used = [p for p in drawn if enough_possible(reward[index == p])]
         names = [shown(t) for t in texts]
-        return cls(tuple(reward[index == p] for p in used), tuple(names[p] for p in used), len(drawn) - len(used))
+        rewards = tuple(reward[index == p] for p in used)
+        return cls(rewards, tuple(names[p] for p in used), len(drawn) - len(used), (low, high))
 
     @property
     def spread(self) -> float:
@@ -131,7 +137,12 @@ class PriorSample:
 
     def unbiased(self, betas: Float[Tensor, " G"], field: Literal["reward", "kl"]) -> Float[Tensor, "P G"]:
         """Jackknifed estimates of every prompt."""
-        return torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
+        found = torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
+        return found if field == "kl" else found.clamp(*self.bounds)
+
+    def within(self, reward: Interval) -> Interval:
+        """A predicted reward, which the jackknife's correction may have carried past the bounds."""
+        return clipped(reward, *self.bounds)
 
     def point(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
@@ -150,8 +161,12 @@ class PriorSample:
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n),
-                    kl=_floored(over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n)),
+                    reward=self.within(
+                        over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n)
+                    ),
+                    kl=clipped(
+                        over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n), 0.0
+                    ),
                     log_z=Estimate(float(log_z.mean()), spread, self.n * count, "lower"),
                     ess=float(plain.ess[:, g].mean()),
                     pareto_k=float(torch.tensor(ks).nanmedian()),
@@ -167,10 +182,10 @@ def enough_possible(reward: Float[Tensor, " n"]) -> bool:
     return int((reward > -torch.inf).sum()) >= 2
 
 
-def _floored(interval: Interval) -> Interval:
-    """A KL divergence is not negative; one that is not known stays NaN."""
+def clipped(interval: Interval, low: float, high: float = math.inf) -> Interval:
+    """An interval of what is nowhere below `low` (0 for a KL divergence) or above `high`; what is not known stays NaN."""
     ends = {name: getattr(interval, name) for name in ("value", "low", "high")}
-    return replace(interval, **{name: 0.0 if end < 0 else end for name, end in ends.items()})
+    return replace(interval, **{name: low if end < low else high if end > high else end for name, end in ends.items()})
 
 
 def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
@@ -219,7 +234,7 @@ def plan(
         scored = target.score(target.prior.draw(encoded, samples, Generator().manual_seed(seed)))
     if not len(scored):
         raise InputError("no completion has a reward: all were dropped; look at the reward function")
-    sample = PriorSample.of(scored, target.beta)
+    sample = PriorSample.of(scored, target.beta, target.evidence.log_bounds)
     if not sample.rewards:
         raise InputError(
             f"samples: of {len(scored)} prior draws {int((scored.log_evidence > -torch.inf).sum())} satisfy the hard constraints, "
@@ -231,7 +246,7 @@ def plan(
         beta = _solve(sample, kl_budget, "kl", "kl_budget", "nats")
     elif reward_goal is not None:
         beta = _solve(sample, reward_goal, "reward", "reward_goal", "reward")
-    chosen = sample.point(target.beta if beta is None else beta)
+    chosen, *frontier = _with_needs(sample, [sample.point(target.beta if beta is None else beta), *frontier])
     means = [(float(r.mean()), float(r.std()) / math.sqrt(len(r))) for r in sample.rewards]
     prior = over_prompts(means, sample.n)
     powers = [2**i for i in range(1, 12) if 2**i <= sample.n // 2]
@@ -295,8 +310,8 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
         prompt=sample.names[prompt],
         n=n,
         prior_reward=float(reward.mean()),
-        reward=own_interval(float(mean.reward), float(mean.reward_stderr), n),
-        kl=_floored(own_interval(float(mean.kl), float(mean.kl_stderr), n)),
+        reward=sample.within(own_interval(float(mean.reward), float(mean.reward_stderr), n)),
+        kl=clipped(own_interval(float(mean.kl), float(mean.kl_stderr), n), 0.0),
         log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
         ess=float(plain.ess[0]),
         pareto_k=pareto_k(reward / beta),
@@ -341,14 +356,27 @@ def _limits(sample: PriorSample, frontier: Sequence[FrontierPoint], chosen: Fron
     last = reliable[-1]
     if last is not frontier[-1]:
         beyond = frontier[min(len(frontier) - 1, frontier.index(last) + 6)]
-        wanted = _extrapolated_need(sample, last.beta, min(beyond.beta, chosen.beta if chosen else math.inf))
+        wanted = beyond if chosen is None else min(beyond, chosen, key=lambda point: point.beta)
         notes.append(
             f"Below beta = {last.beta:.2g} (beyond {last.kl.value:.2f} nats) {sample.n} samples a prompt cannot say; for beta = "
-            f"{min(beyond.beta, chosen.beta if chosen else math.inf):.2g} draw ~{wanted}."
+            f"{wanted.beta:.2g} draw ~{wanted.needed}."
         )
     if chosen is not None and not chosen.reliable:
         notes.append(f"The chosen beta = {chosen.beta:.3g} is below that: its prediction is a guess.")
     return notes
+
+
+def _with_needs(sample: PriorSample, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The points with what those need that cannot be trusted, whose own KL is that of the draws there are, and too small."""
+    trusted = min((point.beta for point in points if point.reliable), default=None)
+    if trusted is None:
+        return list(points)
+    return [
+        point
+        if point.reliable
+        else replace(point, needed=max(point.needed, _extrapolated_need(sample, trusted, point.beta)))
+        for point in points
+    ]
 
 
 def _extrapolated_need(sample: PriorSample, trusted: float, wanted: float) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 from tiltlm.diagnostics.predictions import FrontierPoint, over_prompts
 from tiltlm.diagnostics.tilt import best_of_n_kl, best_of_n_mean, best_of_n_shares, tilt_mean
 from tiltlm.errors import InputError
-from tiltlm.records import Interval, Scored
+from tiltlm.estimates import Interval
+from tiltlm.records import Scored
 
 
 @dataclass(frozen=True)

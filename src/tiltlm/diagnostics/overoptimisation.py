@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from tiltlm.errors import InputError
-from tiltlm.records import Estimate, Interval
+from tiltlm.estimates import Estimate, Interval
 
 Form = Literal["rl", "bon"]
 LEVEL = 0.95

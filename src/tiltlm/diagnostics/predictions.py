@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 
-from tiltlm.records import Estimate, Interval
+from tiltlm.estimates import Estimate, Interval
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class FrontierPoint:
         ess: effective draws a prompt behind the prediction, mean over prompts.
         pareto_k: median over the prompts that have one of the shape of the weights' tail; above 0.7 do not trust. NaN where no
             prompt has one, -inf where the largest weights are equal: neither says that the draws suffice, `reliable` does.
-        needed: draws a prompt that the prediction asks for, MARGIN * exp(KL) of the hardest tenth of the prompts.
+        needed: draws a prompt that the prediction asks for, MARGIN * exp(KL) of the hardest tenth of the prompts; the KL that a
+            plan extrapolates, where its draws do not suffice to tell it.
         reliable: whether there are that many.
     """
 
@@ -113,5 +113,5 @@ def over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
 
 def own_interval(value: float, stderr: float, n: int) -> Interval:
     """95% interval by Student's t with n - 1 degrees of freedom; without end where the error is not known."""
-    half = math.inf if n < 2 or math.isnan(stderr) else float(student.ppf(0.975, n - 1)) * stderr
+    half = math.inf if n < 2 or math.isnan(stderr) else Estimate(value, stderr, n, df=n - 1).margin
     return Interval(value, value - half, value + half)

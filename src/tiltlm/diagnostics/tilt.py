@@ -37,9 +37,9 @@ def tilt(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], counts: Float[
     if counts is None:
         counts = torch.ones_like(reward)
     reward, counts = reward[counts > 0], counts[counts > 0]
-    peak, w = _weights(reward, betas)
+    peak, w, below = _weights(reward, betas)
     s0, s1, s2 = counts @ w, (counts * _possible(reward)) @ w, counts @ w.square()
-    mean, kl, log_z = _moments(s0, s1, float(counts.sum()), peak, betas)
+    mean, kl, log_z = _moments(s0, s1, counts @ below, float(counts.sum()), peak)
     return Tilted(mean, kl, log_z, s0.square() / s2)
 
 
@@ -62,8 +62,8 @@ def tilt_jackknife(reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]) -> J
     if n < 2:
         unknown = torch.full_like(betas, torch.nan)
         return Jackknifed(full.reward, unknown, full.kl, unknown)
-    peak, (s0, s1) = _without_each(reward, betas, [torch.ones_like(reward), _possible(reward)])
-    mean, kl, _ = _moments(s0, s1, n - 1, peak, betas)
+    peak, below, (s0, s1) = _without_each(reward, betas, [torch.ones_like(reward), _possible(reward)])
+    mean, kl, _ = _moments(s0, s1, below, n - 1, peak)
     found = Jackknifed(*_jackknife(full.reward, mean), *_jackknife(full.kl, kl))
     return found if n > 2 else replace(found, kl_stderr=torch.full_like(betas, torch.nan))
 
@@ -91,12 +91,12 @@ def tilt_mean(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], betas: F
     def estimates(s0: Tensor, sr: Tensor, sg: Tensor, srg: Tensor) -> tuple[Tensor, Tensor]:
         return sg / s0, srg / s0 - (sr / s0) * (sg / s0)
 
-    _, w = _weights(reward, betas)
+    _, w, _ = _weights(reward, betas)
     mean, slope = estimates(*(factor @ w for factor in factors))
     if len(reward) < 2:
         unknown = torch.full_like(betas, torch.nan)
         return TiltedMean(mean, unknown, slope, unknown)
-    _, sums = _without_each(reward, betas, factors)
+    _, _, sums = _without_each(reward, betas, factors)
     means, slopes = estimates(*sums)
     return TiltedMean(*_jackknife(mean, means), *_jackknife(slope, slopes))
 
@@ -148,11 +148,12 @@ def best_of_n_kl(reward: Float[Tensor, " N"], n: int) -> float:
 
 def _weights(
     reward: Float[Tensor, " N"], betas: Float[Tensor, " G"]
-) -> tuple[Float[Tensor, " G"], Float[Tensor, "N G"]]:
-    """The largest r / beta, and exp(r / beta) over its exponential."""
+) -> tuple[Float[Tensor, " G"], Float[Tensor, "N G"], Float[Tensor, "N G"]]:
+    """The largest r / beta; w = exp(r / beta) over its exponential; and w log w, in which no large numbers cancel."""
     scaled = reward[:, None] / betas
     peak = scaled.amax(0)
-    return peak, (scaled - peak).exp()
+    w = (scaled - peak).exp()
+    return peak, w, torch.where(w > 0, w * (scaled - peak), 0.0)
 
 
 def _possible(reward: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -160,33 +161,32 @@ def _possible(reward: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     return torch.where(reward > -torch.inf, reward, 0.0)
 
 
-def _moments(s0: Tensor, s1: Tensor, n: float, peak: Tensor, betas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reward, KL to the prior and log Z, of the sums of w and w r over n draws."""
-    mean = s1 / s0
-    log_z = s0.log() - math.log(n) + peak
-    return mean, mean / betas - log_z, log_z
+def _moments(s0: Tensor, s1: Tensor, below: Tensor, n: float, peak: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reward, KL to the prior and log Z, of the sums of w, w r and w log w over n draws."""
+    log_mean = s0.log() - math.log(n)
+    return s1 / s0, below / s0 - log_mean, log_mean + peak
 
 
 def _without_each(
     reward: Float[Tensor, " N"], betas: Float[Tensor, " G"], factors: Sequence[Float[Tensor, " N"]]
-) -> tuple[Float[Tensor, "N G"], list[Float[Tensor, "N G"]]]:
-    """For each draw left out, the peak of the others and, relative to it, the sums of their weights times each factor.
+) -> tuple[Float[Tensor, "N G"], Float[Tensor, "N G"], list[Float[Tensor, "N G"]]]:
+    """For each draw left out, the peak of the others and, relative to it, the sums of their w log w, and of w times each factor.
 
     The others of the best draw may all be beyond e^-745 of it, where a sum relative to the sample's own peak is 0. So theirs are
     taken anew; those of any other draw hold the largest weight, 1, and are what is left of the sample's.
     """
     best = int(reward.argmax())
     others = torch.arange(len(reward)) != best
-    peak, w = _weights(reward, betas)
-    second, w_others = _weights(reward[others], betas)
-    peaks = peak.repeat(len(reward), 1)
-    peaks[best] = second
-    sums = []
+    peak, w, below = _weights(reward, betas)
+    second, w_others, below_others = _weights(reward[others], betas)
+    peaks, sums = peak.repeat(len(reward), 1), []
+    without = below.sum(0) - below
+    peaks[best], without[best] = second, below_others.sum(0)
     for factor in factors:
         left = factor @ w - w * factor[:, None]
         left[best] = factor[others] @ w_others
         sums.append(left)
-    return peaks, sums
+    return peaks, without, sums
 
 
 def _best_without_each(reward: Float[Tensor, " N"], values: Float[Tensor, " N"], n: int) -> Float[Tensor, " N"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from tiltlm.records import Estimate
+from tiltlm.estimates import Estimate
 
 
 @dataclass(frozen=True)

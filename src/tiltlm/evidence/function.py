@@ -48,8 +48,10 @@ def values_of(
     wrong = next((row for row, found in enumerate(faults) if found and not isinstance(returned[row], NotAsked)), None)
     count("failed", sum(isinstance(value, Exception) for value in returned))
     if wrong is not None and on_error == "fail":
+        columns = f" (the prompts' columns are {', '.join(draws.prompts.columns) or 'none'})"
         raise InputError(
-            f"{who} {faults[wrong]} for completion {draws.texts[wrong]!r:.120}; mend the {kind}, or set "
+            f"{who} {faults[wrong]} for completion {draws.texts[wrong]!r:.120}"
+            f"{columns if isinstance(returned[wrong], KeyError) else ''}; mend the {kind}, or set "
             f"on_error: drop to leave such completions out"
         )
     kept = torch.tensor([found is None for found in faults], dtype=torch.bool)
@@ -116,17 +118,17 @@ def _arguments(fn: TextFunction, draws: Draws, who: str) -> dict[str, Any]:
         "completion_ids": [ids[keep].tolist() for ids, keep in zip(draws.tokens, draws.mask, strict=True)],
     }
     parameters = inspect.signature(fn).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(available)
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [p.name for p in named if p.default is p.empty]
     missing = [name for name in needed if name not in available]
     if missing:
         raise InputError(
             f"{who} asks for {missing[0]!r}, which is not among its arguments (prompts, completions, "
             f"completion_ids) nor the prompt file's columns ({', '.join(columns) or 'none'})"
         )
-    return {name: available[name] for name in names if name in available}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(available)
+    return {p.name: available[p.name] for p in named if p.name in available}
 
 
 __all__ = ["Fault", "OnError", "TextFunction", "label_of", "number_fault", "truth_fault", "values_of"]

@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiltlm.errors import InputError, TiltWarning
+from tiltlm.estimates import Estimate
 from tiltlm.evidence.function import OnError, TextFunction, number_fault, values_of
 from tiltlm.evidence.reward_law import prompt_keys
 from tiltlm.protocols import Prior
-from tiltlm.records import Draws, Estimate, Prompts
+from tiltlm.records import Draws, Prompts
 from tiltlm.seeds import generator
 from tiltlm.weights import normalise
 

@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate
 from tiltlm.evidence.constraint import Constraint
 from tiltlm.evidence.dual import Dual, Solution, minimise
 from tiltlm.evidence.function import TextFunction, label_of, number_fault, values_of
 from tiltlm.evidence.reward import Reward
 from tiltlm.protocols import Evidence, Prior, Sampler
-from tiltlm.records import Draws, Estimate, Prompts, Scored
+from tiltlm.records import Draws, Prompts, Scored
 from tiltlm.seeds import generator
 from tiltlm.target import Target, require_finite
 

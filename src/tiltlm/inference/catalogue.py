@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -60,6 +61,11 @@ def make_trainer(name: str, group: int, max_new_tokens: int, options: Mapping[st
     return make_engine(engines, name, {key: value for key, value in decided.items() if key in known} | dict(options))
 
 
+def imitates(name: str) -> bool:
+    """Whether a training engine by this name learns the law of its data, whatever the target."""
+    return name in (engines := training_engines()) and engines[name].claim.fixed_point == "data"
+
+
 def summary_of(engine: Any) -> str:
     """The first sentence of an engine's docstring."""
     return summary_of_kind(type(engine))
@@ -89,13 +95,16 @@ def _behaviour(engine: Any, name: str, option: str, value: Any) -> Callable[...,
     if callable(value):
         return value
     module = importlib.import_module(type(engine).__module__)
-    function = getattr(module, str(value), None)
-    if not callable(function) or isinstance(function, type):
-        functions = [
-            k for k, v in vars(module).items() if callable(v) and not isinstance(v, type) and not k.startswith("_")
-        ]
+    functions = {key: v for key, v in vars(module).items() if _is_a_behaviour(v) and not key.startswith("_")}
+    if value not in functions:
         raise InputError(f"option {option} of {name} is {value!r}; it must name one of {', '.join(functions)}")
-    return function
+    return functions[value]
+
+
+def _is_a_behaviour(value: Any) -> bool:
+    """Whether it is a function of ours, or what is called like one, wherever the engine's module has it from."""
+    kind = value if inspect.isfunction(value) else type(value)
+    return callable(value) and not isinstance(value, type) and kind.__module__.startswith("tiltlm.")
 
 
 def _kind(default: Any) -> str:

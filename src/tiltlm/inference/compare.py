@@ -14,6 +14,7 @@ from tiltlm.diagnostics.certificate import Certificate, certify, log_share
 from tiltlm.diagnostics.degeneracy import Diversity, diversity
 from tiltlm.diagnostics.evidence_bounds import of_samples, pooled_spread
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate, Interval
 from tiltlm.evidence.gold import Gold, as_gold, gold_values
 from tiltlm.inference.decoding.budget import cost, within
 from tiltlm.inference.decoding.rejection import Rejection
@@ -23,13 +24,16 @@ from tiltlm.inference.source import Decoded, FromPrior, OnPolicy, Pool, Replay, 
 from tiltlm.lm.adapters import LoRA
 from tiltlm.posterior import exact as ex
 from tiltlm.protocols import DecodingEngine, Sampler
-from tiltlm.records import Estimate, Interval, Prompts, Scored, Weighted
+from tiltlm.records import Prompts, Scored, Weighted
 from tiltlm.seeds import generator
 from tiltlm.target import Target
 from tiltlm.weights import weighted_means
 
 LISTED = 5000
 """Most completions of a prompt for which the truth is computed by listing them, instead of being estimated."""
+
+RANKING = "By how much one is nearer to p* than another is the difference of their ELBOs; an interval of KL(q||p*) stands for itself."
+"""What tells rows apart that have each a log Z of their own."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Result:
     Attributes:
         reward: E_q r.
         kl_prior: KL(q || pi0), nats.
+        elbo: log Z - KL(q || p*), nats; None for a decoding engine. log Z is everybody's, so that what two of them differ by is
+            by how much one is nearer to p*, which the intervals, each with a bound of log Z of its own, do not show.
         to_posterior: KL(q || p*), nats. For a decoding engine an interval from 0 to the bound log Z - E log Zhat.
         from_posterior: KL(p* || q), nats; large where modes are missed.
         samples: completions drawn on the way.
@@ -67,6 +73,7 @@ class Result:
     name: str
     reward: Estimate
     kl_prior: Estimate | None
+    elbo: Estimate | None
     to_posterior: Interval | None
     from_posterior: Interval | None
     diversity: Diversity | None
@@ -78,7 +85,7 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        parts = ("reward", "kl_prior", "to_posterior", "from_posterior", "diversity")
+        parts = ("reward", "kl_prior", "elbo", "to_posterior", "from_posterior", "diversity")
         values = {name: getattr(self, name) for name in parts}
         plain = {name: None if value is None else value.as_dict() for name, value in values.items()}
         counts = {name: getattr(self, name) for name in ("samples", "steps", "seconds", "served")}
@@ -101,7 +108,7 @@ class Comparison:
     exact: bool
 
     def __str__(self) -> str:
-        head = ("", "E r", "KL(q||pi0)", "KL(q||p*)", "KL(p*||q)", "unique", "samples", "seconds")
+        head = ("", "E r", "KL(q||pi0)", "ELBO", "KL(q||p*)", "KL(p*||q)", "unique", "samples", "seconds")
         rows = [head, *[_row(result) for result in self.results]]
         if any(result.gold for result in self.results):
             golds = ["gold", *["–" if result.gold is None else f"{result.gold.value:.3f}" for result in self.results]]
@@ -115,7 +122,8 @@ class Comparison:
             for row in rows
         ]
         truth = "exact, by listing all completions" if self.exact else "95% intervals"
-        return "\n".join([f"beta {self.beta:.3g}, at equal budget of {self.budget}; nats, {truth}", *lines])
+        text = [f"beta {self.beta:.3g}, at equal budget of {self.budget}; nats, {truth}", *lines]
+        return "\n".join(text if self.exact else [*text, RANKING])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -182,8 +190,8 @@ class _Spending:
         steps = self.samples // (batch * draws_a_step(engine, source))
         if steps < 1:
             raise InputError(
-                f"samples is {self.samples}, which does not pay for one step of {name} ({batch} prompts of "
-                f"{draws_a_step(engine, source)}); raise samples"
+                f"a budget of {self.samples} samples does not pay for one step of {name} ({batch} prompts of "
+                f"{draws_a_step(engine, source)}); raise it"
             )
         return replace(self.settings, steps=steps)
 
@@ -260,6 +268,7 @@ class _Judge:
             name,
             certificate.reward,
             certificate.kl_prior,
+            certificate.elbo,
             certificate.kl_posterior,
             self._from_posterior(sampler, certificate),
             certificate.diversity,
@@ -285,6 +294,7 @@ class _Judge:
             name,
             Estimate(mean([e.mean_reward(q) for e, q in laws]), 0.0, 0),
             Estimate(mean([ex.kl(q, e.log_prior) for e, q in laws]), 0.0, 0),
+            Estimate(mean([e.elbo(q) for e, q in laws]), 0.0, 0),
             Interval(to, to, to),
             Interval(back, back, back),
             certificate.diversity,
@@ -306,8 +316,9 @@ class _Judge:
         kept = weighted.kept().scored.draws
         return Result(
             name,
-            over_prompts(served),
+            mean_over_prompts(served),
             kl_prior=None,
+            elbo=None,
             to_posterior=self._decoded_bound(engine, weighted),
             from_posterior=None,
             diversity=diversity(kept) if len(kept) else None,
@@ -326,7 +337,7 @@ class _Judge:
         values, judged = gold_values(as_gold(self.gold), rows.scored.draws)
         known = replace(rows, log_w=torch.where(judged, rows.log_w.double(), -torch.inf))
         means = weighted_means(known, values, len(self.prompts))
-        return over_prompts([mean for mean in means if mean is not None]) if judged.any() else None
+        return mean_over_prompts([mean for mean in means if mean is not None]) if judged.any() else None
 
     def _decoded_bound(self, engine: Any, weighted: Weighted) -> Interval | None:
         """KL of what a decoding engine returns from p*: at most log Z - E log Zhat, by the data-processing inequality."""
@@ -364,7 +375,7 @@ class _Judge:
         )
 
 
-def over_prompts(means: Sequence[Estimate]) -> Estimate:
+def mean_over_prompts(means: Sequence[Estimate]) -> Estimate:
     """Mean over prompts; where a prompt alone cannot tell its error, all that sets the prompts apart counts as such.
 
     NaN for no prompt.
@@ -394,6 +405,7 @@ def _row(result: Result) -> tuple[str, ...]:
     cells = (
         number(result.reward),
         number(result.kl_prior),
+        number(result.elbo),
         interval(result.to_posterior),
         interval(result.from_posterior),
     )

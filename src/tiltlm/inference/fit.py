@@ -33,7 +33,7 @@ from tiltlm.inference.optimise import Optimiser, learning_rate
 from tiltlm.inference.settings import Training
 from tiltlm.inference.source import Batch, Source, Turn, batch_of, default_source, require_sound
 from tiltlm.inference.training.policy_gradients.rloo import RLOO
-from tiltlm.inference.watch import Watch
+from tiltlm.inference.watch import EqualRewardsWatch, Watch
 from tiltlm.lm.adapters import LoRA
 from tiltlm.mismatch import Mismatch
 from tiltlm.protocols import Policy, TrainingEngine
@@ -94,6 +94,8 @@ def fit(
             not of this run.
     """
     engine = engine or RLOO()
+    if not hasattr(engine, "claim"):
+        raise InputError(f"engine is {engine!r}; give one such as RLOO()")
     settings = replace(settings or Training(), **changes)
     source = source or default_source(engine.claim)
     require_sound(engine, source)
@@ -159,7 +161,8 @@ class _Loop:
         rates = {name: settings.engine_lr for name in trained if name.startswith(("engine:", "head:"))}
         self.optimiser = Optimiser(trained, settings.lr, settings.weight_decay, rates)
         self.micro = MicroBatches(settings.micro_tokens)
-        self.best_elbo, self.stale, self.slow = -float("inf"), 0, SlowRewardWatch()
+        self.best_elbo, self.stale = -float("inf"), 0
+        self.slow, self.equal = SlowRewardWatch(), EqualRewardsWatch()
         self.began = time.perf_counter()
 
     def run(self, monitor: Monitor, resume: bool) -> None:
@@ -195,6 +198,7 @@ class _Loop:
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
         require_finite(scored)
+        self.equal.look(fresh)
         drawn = time.perf_counter()
         if hasattr(self.engine, "observe"):
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]

@@ -329,9 +329,14 @@ def default_source(claim: Claim) -> Source:
 def require_sound(engine: Any, source: Source) -> None:
     """Refuse draws that the engine's claim does not cover."""
     claim: Claim = engine.claim
+    name = type(engine).__name__
+    if claim.fixed_point == "data" and isinstance(source, Given) and source.scored.pairs is not None:
+        raise InputError(
+            f"the given completions have pairs, and {name} would learn the rejected ones as well; give "
+            f"demonstrations(prior, rows), which takes the chosen ones, or an engine that compares, such as DPO"
+        )
     if source.origin in ACCEPTED[claim.data]:
         return
-    name = type(engine).__name__
     remedy = {
         "on-policy": "it is right only for fresh draws of the policy: leave source out, or take an engine whose claim says "
         "data: any, such as VarGrad",

@@ -17,6 +17,33 @@ from tiltlm.evidence.gold import Gold, as_gold, gold_name, gold_values
 from tiltlm.inference.monitor import Metrics
 from tiltlm.records import Scored
 
+SAME = 5
+"""Steps from the start after which equal rewards are worth a word."""
+
+
+class EqualRewardsWatch:
+    """Says once, early in a run, that no completion was better than another: then no engine has anything to learn from."""
+
+    def __init__(self) -> None:
+        self._seen, self._differed = 0, False
+
+    def look(self, scored: Scored) -> None:
+        """Look at a step's completions; only those of one prompt are compared, and unknown rewards say nothing."""
+        if self._differed or self._seen >= SAME:
+            return
+        index, values = scored.draws.prompt_index, scored.log_evidence.double()
+        groups = [values[index == prompt] for prompt in index.unique()]
+        compared = [group for group in groups if len(group) > 1]
+        self._differed = not compared or any(not bool((group == group[0]).all()) for group in compared)
+        self._seen += 1
+        if self._seen == SAME and not self._differed:
+            warnings.warn(
+                f"in the first {SAME} steps all completions of a prompt got the same reward, so that there was nothing to learn from; "
+                f"look at the reward, or draw more of a prompt (group)",
+                TiltWarning,
+                stacklevel=2,
+            )
+
 
 class Watch:
     """Judges a step's fresh draws by a reward that is never trained on, and raises the alarm for reward hacking.

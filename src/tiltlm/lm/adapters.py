@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import EncoderDecoderModel, PreTrainedModel, VisionEncoderDecoderModel
 
@@ -26,7 +28,7 @@ from tiltlm.errors import InputError
 PEFT_PREFIX = "base_model.model."
 """What PEFT's files put before the names of the model's weights."""
 KEPT_AS = "_tiltlm_adapters"
-"""Where a model keeps its switch."""
+"""Where a model keeps its switch, which lives as long as the model does."""
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """What PEFT calls the ways to begin an adapter that leave the base as it is; others put a part of its weights into the adapter."""
 
@@ -101,6 +103,21 @@ def require_low_rank(config: PeftConfig, which: str) -> None:
     )
 
 
+def _config_in(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"adapter_config.json in {folder} cannot be read ({str(error)[:160]}); copy or train the adapter anew"
+        ) from error
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The last parts of the names of linear layers, each once."""
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in found})
+
+
 def _layers(model: nn.Module) -> list[Any]:
     """The layers that PEFT has put in."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -124,8 +141,8 @@ class AdapterSwitch:
         self._turn = threading.RLock()
         if self._layers and peft is None:
             raise InputError(
-                f"the {type(model).__name__} in memory holds adapters already, of add_adapter, or it is an adapter of the hub; give its "
-                f"PeftModel, the adapter's folder, or the model without them"
+                f"the {type(model).__name__} in memory holds adapters already, of add_adapter, or it is an adapter of the hub; "
+                f"give its PeftModel, the adapter's folder, or the model without them"
             )
         setattr(model, KEPT_AS, self)
 
@@ -143,15 +160,17 @@ class AdapterSwitch:
         Raises:
             InputError: if one of these is none that can be switched off, or is merged into the base.
         """
+        base: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+        known = getattr(base, KEPT_AS, None)
+        known = known if known is not None and known.model is base else None
         if isinstance(model, PreTrainedModel):
-            known = getattr(model, KEPT_AS, None)
-            return known if known is not None and known.model is model else cls(model)
+            return cls(model) if known is None else known
         for name, config in model.peft_config.items():
             require_low_rank(config, f"the model's adapter {name!r}")
-        known = getattr(model.get_base_model(), KEPT_AS, None)
-        if known is not None and known.peft is model:
-            return known
-        switch = cls(model.get_base_model(), model)  # pyright: ignore[reportArgumentType]
+        switch = known or cls(base, model)
+        if switch.peft not in (None, model):
+            raise InputError("the model is inside another PeftModel as well; load that one, with all its adapters")
+        switch.peft = model
         switch._settle()
         if any(layer.merged for layer in switch._layers):
             raise InputError("the model's adapter is merged into its base; call its unmerge_adapter() before loading")
@@ -166,7 +185,15 @@ class AdapterSwitch:
         name = self._free_name()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._add(name, lora.config(self.model, base))
+            try:
+                self._add(name, lora.config(self.model, base))
+            except ValueError as error:
+                if lora.targets == LoRA.targets:
+                    raise
+                raise InputError(
+                    f"targets of the LoRA are {lora.targets!r}, which the {type(self.model).__name__} has not as layers that can be "
+                    f"adapted ({str(error)[:160]}); its linear layers are {', '.join(_linear(self.model)) or 'none'}"
+                ) from error
         return name
 
     def load(self, folder: str | Path) -> str:
@@ -174,8 +201,10 @@ class AdapterSwitch:
         path = Path(folder)
         if not (path / "adapter_config.json").is_file():
             raise InputError(f"{folder} holds no PEFT adapter (no adapter_config.json); give a folder that does")
+        if not any((path / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+            raise InputError(f"the adapter in {folder} has no weights (no adapter_model.safetensors); give a whole one")
         name = self._free_name()
-        require_low_rank(PeftConfig.from_pretrained(str(path)), f"the adapter in {folder}")
+        require_low_rank(_config_in(path), f"the adapter in {folder}")
         try:
             with _both_kinds_of_layers():
                 if self.peft is None:
@@ -184,6 +213,10 @@ class AdapterSwitch:
                     )
                 else:
                     self.peft.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+        except (SafetensorError, EOFError, UnpicklingError) as error:
+            raise InputError(
+                f"the weights of the adapter in {folder} are damaged ({error}); copy or train it anew"
+            ) from error
         except (ValueError, RuntimeError, KeyError) as error:
             raise InputError(
                 f"the adapter in {folder} does not fit this model ({str(error).splitlines()[0][:160]}); load it on "

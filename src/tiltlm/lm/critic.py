@@ -137,8 +137,9 @@ class ModelCritic(ModelPolicy):
         copies = {**adapter, **{f"head:{name}": value for name, value in self.target_head.named_parameters()}}
         return {f"target:{name}": value.detach() for name, value in copies.items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write what `prior.critic(start=folder)` reads; the adapter in a folder of its own, as it is no policy by itself."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, folder / WEIGHTS)
         about = {"model": self.body.name, "fingerprint": self.fingerprint(), "adapter": self.has_adapter}

@@ -7,19 +7,17 @@ as the model would have been.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tiltlm.content import content
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.lm.text import render, tokens_of, written
 from tiltlm.lm.view import View
@@ -50,7 +48,8 @@ def preferences(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
 def demonstrations(prior: View, rows: Sequence[Mapping[str, Any]]) -> Scored:
     """Rows with `prompt` and `completion`, or with `messages` that end with the assistant's, as completions to learn.
 
-    Of `messages`, the last is the completion and all before it the prompt.
+    Of `messages`, the last is the completion and all before it the prompt. Of a preference (`chosen` and `rejected`) the
+    completion is the chosen one.
 
     Returns:
         One completion a row; `log_q` and the evidence as for `preferences`. Train with
@@ -105,6 +104,9 @@ def _demonstration(row: Mapping[str, Any], number: int, column: str, image: str 
             raise InputError(f"row {number} has messages {messages!r:.60}; give at least a user's and the assistant's")
         rest = {name: value for name, value in row.items() if name not in (column, "messages")}
         return Written(number, list(messages[:-1]), (messages[-1:],), rest)
+    if "chosen" in row and "completion" not in row:
+        compared = comparison(row, number, column, image)
+        return replace(compared, completions=compared.completions[:1])
     completion = field_of(row, "completion", number)
     rest = {name: value for name, value in row.items() if name not in (column, "completion")}
     return Written(number, _prompt_of(row, column, image, number), (completion,), rest)
@@ -118,7 +120,9 @@ def _prompt_of(row: Mapping[str, Any], column: str, image: str | None, number: i
 
 def field_of(row: Mapping[str, Any], name: str, number: int) -> Any:
     """A row's column, which has to be there."""
-    if row.get(name) is None:
+    if name in row and row[name] is None:
+        raise InputError(f"row {number} has nothing (null) in {name!r}; fill it in, or leave the row out")
+    if name not in row:
         raise InputError(
             f"row {number} has no {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}: preferences need "
             f"prompt, chosen and rejected, demonstrations prompt and completion"
@@ -164,7 +168,7 @@ def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int
 
     A column goes with the prompts if all rows of a prompt agree on it; one on which they differ is about the completions.
     """
-    keys = [_key([row.prompt, row.columns.get(prior.image)]) for row in written]
+    keys = [content([row.prompt, row.columns.get(prior.image)]) for row in written]
     first: dict[str, Written] = {}
     for key, row in zip(keys, written, strict=True):
         first.setdefault(key, row)
@@ -172,7 +176,7 @@ def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int
         name
         for name in written[0].columns
         if all(
-            _key(row.columns.get(name)) == _key(first[key].columns.get(name))
+            content(row.columns.get(name)) == content(first[key].columns.get(name))
             for key, row in zip(keys, written, strict=True)
         )
     ]
@@ -185,16 +189,6 @@ def _prompts(prior: View, written: Sequence[Written]) -> tuple[Prompts, list[int
     ]
     order = {key: place for place, key in enumerate(first)}
     return prior.encode(data), [order[key] for key in keys]
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=_content)
-
-
-def _content(value: Any) -> str:
-    """What tells one image or array from another; their `str` does not."""
-    array = getattr(value, "__array_interface__", None)
-    return str(value) if array is None else hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
 
 
 def _ids(prior: View, prompt: Text, completion: Any, number: int) -> list[int]:

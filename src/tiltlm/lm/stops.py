@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tiltlm.errors import InputError
+from tiltlm.lm.text import decode
 
 BROKEN = "\ufffd"
 """What a token decodes to that holds a part of a character."""
@@ -48,10 +49,12 @@ class StopStrings:
 
     tokenizer: PreTrainedTokenizerBase
     texts: tuple[str, ...]
+    on_its_own: bool = False
+    """As for `decode`."""
 
     def within(self, tokens: Sequence[int]) -> bool:
         """Whether a completion contains one."""
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        (text,) = decode([list(tokens)], self.tokenizer, on_its_own=self.on_its_own)
         return any(stop in text for stop in self.texts)
 
     def completed(self, last: Int[Tensor, " B"], so_far: Callable[[int], Sequence[int]]) -> Bool[Tensor, " B"]:
@@ -66,10 +69,6 @@ class StopStrings:
         for row in near.nonzero().flatten().tolist():
             near[row] = self.within(so_far(row))
         return near
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self.tokenizer
 
 
 @lru_cache(maxsize=8)

@@ -270,12 +270,9 @@ def _anchors(tokenizer: Any) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def _stripped(tokenizer: Any) -> tuple[list[int], str] | None:
-    """What to decode a completion after, as ids and text, where decoding it by itself would lose the space that it begins with.
-
-    A tokenizer that ends every text belongs to an encoder–decoder, whose completions are texts of their own: T5's, Marian's.
-    """
+    """What to decode a completion after, as ids and text, where decoding it by itself would lose the space that it begins with."""
     anchors = _anchors(tokenizer)
-    if not anchors or tokenizer.eos_token_id in tokenizer("a")["input_ids"][1:]:
+    if not anchors:
         return None
     first, spaced = (list(tokenizer(some, add_special_tokens=False)["input_ids"]) for some in (anchors[0], "a"))
     text = tokenizer.decode(first)
@@ -320,10 +317,14 @@ def render(messages: Sequence[Any], templater: Any, number: int, *, answered: bo
     return str(text)
 
 
-def decode(tokens: torch.Tensor, mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Each row's real tokens as text that goes on from a prompt, without special tokens: a space that it begins with is there."""
-    rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-    anchor = _stripped(tokenizer)
+def decode(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, *, on_its_own: bool) -> tuple[str, ...]:
+    """Completions as texts without special tokens.
+
+    Args:
+        on_its_own: a completion is a text of its own, as an encoder–decoder's; others go on from their prompts, and a space that
+            one of them begins with is there.
+    """
+    anchor = None if on_its_own else _stripped(tokenizer)
     if anchor is None:
         return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
     first, begun = anchor

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +75,11 @@ class Body:
     def templater(self) -> Any:
         """Whose chat template holds: the processor's, if it has one, or the tokenizer's."""
         return self.reader.templater
+
+    def texts(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[str, ...]:
+        """Completions as texts, without special tokens."""
+        rows = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+        return decode(rows, self.tokenizer, on_its_own=self.backbone.has_encoder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +145,7 @@ class View:
             ended=raw.ended,
             prompt_index=torch.arange(len(part)).repeat_interleave(n),
             log_q=raw.log_q,
-            texts=decode(raw.tokens, raw.mask, self.body.tokenizer),
+            texts=self.body.texts(raw.tokens, raw.mask),
             sampler=self.identity,
         )
 
@@ -175,7 +180,7 @@ class View:
             tokens[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
             mask[row, : len(ids)] = True
         ended = torch.tensor([self.ends(ids) for ids in completions])
-        texts = decode(tokens, mask, self.body.tokenizer)
+        texts = self.body.texts(tokens, mask)
         draws = Draws(prompts, tokens, mask, ended, index, torch.zeros(mask.shape), texts)
         return replace(draws, log_q=self.log_prob(draws), sampler=self.identity)
 
@@ -194,7 +199,7 @@ class View:
     def stops(self) -> StopStrings | None:
         """What ends a completion besides an end token."""
         _, texts = tokens_and_texts(self.body.tokenizer, self.law.stop)
-        return StopStrings(self.body.tokenizer, texts) if texts else None
+        return StopStrings(self.body.tokenizer, texts, self.body.backbone.has_encoder) if texts else None
 
     @property
     def identity(self) -> str:
@@ -392,8 +397,9 @@ class ModelPolicy(View):
         """Identifies the reference, so that weights are not loaded onto another one."""
         return self.prior.fingerprint()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the adapter (PEFT's format) or the whole model (transformers'), with the tokenizer and what reads its images."""
+        folder = Path(folder)
         if self.adapter is not None:
             self.body.adapters.save(self.adapter, folder)
         else:

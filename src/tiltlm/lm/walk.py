@@ -12,7 +12,6 @@ from torch import Generator, Tensor
 
 from tiltlm.lm.backbone import Prefix
 from tiltlm.lm.sample import pick
-from tiltlm.lm.text import decode
 from tiltlm.records import Draws, Prompts
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class ModelWalk:
             ended=self._ended[chosen],
             prompt_index=self._index[chosen],
             log_q=self._log_q[chosen, :width],
-            texts=decode(tokens, mask, self._view.body.tokenizer),
+            texts=self._view.body.texts(tokens, mask),
             sampler=self._view.identity,
         )
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from tiltlm.estimates import Z95
 from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json
 from tiltlm.report.frontier import add_best_of_n, add_curve, add_prior, label_betas, origin
-from tiltlm.report.landing import Z95, frontier_of
+from tiltlm.report.landing import frontier_of
 from tiltlm.report.palette import LIGHT
 
 

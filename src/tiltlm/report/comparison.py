@@ -35,9 +35,14 @@ def write_comparison(comparisons: Sequence[Json], path: Path) -> Path:
 
 
 def distance_figure(comparison: Json) -> go.Figure:
-    """KL(q || p*) of each contender as a dot with its interval; the nearest to the posterior on top."""
+    """KL(q || p*) of each contender as a dot with its interval; the nearest to the posterior on top.
+
+    Which is nearer the ELBOs say: each interval has a bound of log Z of its own.
+    """
     middles = [(_middle(r), r) for r in comparison["results"]]
-    known = sorted([(m, r) for m, r in middles if m is not None], key=lambda pair: pair[0], reverse=True)
+    known = [(m, r) for m, r in middles if m is not None]
+    log_z = max((value + m for m, r in known if (value := _elbo(r)) is not None), default=0.0)
+    known.sort(key=lambda pair: pair[0] if (value := _elbo(pair[1])) is None else log_z - value, reverse=True)
     figure = canvas(90 + ROW * len(known), "KL(q‖p*), nats: distance from the posterior")
     for value, result in known:
         interval = result["to_posterior"]
@@ -80,6 +85,11 @@ def _middle(result: Json) -> float | None:
     return value if value is not None else finite(interval["high"])
 
 
+def _elbo(result: Json) -> float | None:
+    """None where there is none, or where it is minus infinity."""
+    return finite(result["elbo"]["value"]) if result.get("elbo") else None
+
+
 def _interval(interval: Json | None) -> str:
     if interval is None:
         return "–"
@@ -96,7 +106,7 @@ def _rows(comparison: Json) -> list[tuple[str, ...]]:
     judged = any(r.get("gold") for r in comparison["results"])
     gold_head = ("E gold",) if judged else ()
     rows: list[tuple[str, ...]] = [
-        ("", "E r", *gold_head, "KL(q‖pi0)", "KL(q‖p*)", "KL(p*‖q)", "unique", "samples", "seconds")
+        ("", "E r", *gold_head, "KL(q‖pi0)", "ELBO", "KL(q‖p*)", "KL(p*‖q)", "unique", "samples", "seconds")
     ]
     for r in comparison["results"]:
         kl = r["kl_prior"]["value"] if r["kl_prior"] else None
@@ -106,6 +116,7 @@ def _rows(comparison: Json) -> list[tuple[str, ...]]:
             show(r["reward"]["value"]),
             *gold,
             show(kl),
+            show(_elbo(r)),
             _interval(r["to_posterior"]),
             _interval(r["from_posterior"]),
         )

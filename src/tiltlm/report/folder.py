@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,11 @@ def _read_metrics(path: Path) -> tuple[Json, ...]:
             raise InputError(f"{path} has no step in line {number}; remove that line")
         rows.append(row)
     return tuple(rows)
+
+
+def differing(one: Any, other: Any, kinds: Sequence[str] = ("prior", "prompts", "reward")) -> str:
+    """Which of `kinds` two files are about different ones of, in words; none where one of them does not say what it is about."""
+    return " and ".join(kind for kind in kinds if one and other and one.get(kind) != other.get(kind))
 
 
 def finite(value: Any) -> float | None:

@@ -10,10 +10,9 @@ import plotly.graph_objects as go
 
 from tiltlm.diagnostics.overoptimisation import FEWEST, Overoptimisation, fit_overoptimisation
 from tiltlm.errors import InputError
-from tiltlm.records import Estimate
+from tiltlm.estimates import Z95, Estimate
 from tiltlm.report.canvas import canvas
 from tiltlm.report.folder import Json, Run, finite
-from tiltlm.report.landing import Z95
 from tiltlm.report.palette import LIGHT
 from tiltlm.report.panels import Panel, smooth
 from tiltlm.report.words import show, show_estimate, show_range

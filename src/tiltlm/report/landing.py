@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from tiltlm.estimates import Z95
 from tiltlm.report.folder import Json, Run, finite
-
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)

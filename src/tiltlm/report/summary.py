@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tiltlm.report.folder import Json, Run, finite, read_run
 from tiltlm.report.landing import predicted
-from tiltlm.report.words import plural, position, show, show_beta, show_estimate, show_interval, show_range
+from tiltlm.report.words import mixed, plural, position, show, show_beta, show_estimate, show_interval, show_range
 
 
 def summary_table(run: Path) -> Table:
@@ -45,7 +45,7 @@ def _caption(run: Run) -> str:
     if certificate is None:
         command = "tiltlm certify" if run.metrics else "tiltlm train, then tiltlm certify"
         return f"The policy is not certified yet; run {command}."
-    return "\n".join([_draws(certificate), position(run)])
+    return "\n".join([_draws(certificate), position(run), *mixed(run)])
 
 
 def _draws(certificate: Json) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tiltlm.report.folder import Json, Run, finite
-from tiltlm.report.landing import Z95, beta_of, predicted, shortfall
+from tiltlm.estimates import Z95
+from tiltlm.report.folder import Json, Run, differing, finite
+from tiltlm.report.landing import beta_of, predicted, shortfall
 
 
 def show(value: Any, places: int = 2) -> str:
@@ -169,9 +170,28 @@ def _card(label: str, value: str, detail: str, accent: str = "") -> dict[str, st
     return {"label": label, "value": value, "detail": detail, "accent": accent}
 
 
+def mixed(run: Run) -> list[str]:
+    """Sentences on files in the folder that are not of one run: a plan and a certificate with another prior, prompts or reward."""
+    certified = (run.certificate or {}).get("about")
+    off_plan = differing(run.plan.get("about"), certified)
+    off_policy = differing(run.recipe.get("about"), certified, ("prior", "reward"))
+    sentences = []
+    if off_plan:
+        sentences.append(
+            f"The plan is of another {off_plan} than the certificate: what it predicts is not of this policy. Plan anew, in a "
+            f"folder of its own."
+        )
+    if off_policy:
+        sentences.append(
+            f"The policy was trained with another {off_policy} than it was certified with: the certificate says nothing of how "
+            f"training went."
+        )
+    return sentences
+
+
 def notes(run: Run) -> list[dict[str, str]]:
-    """The sentences of the plan and the certificate on what they cannot say, each once."""
-    sources: dict[str, list[str]] = {}
+    """What the plan and the certificate cannot say, each sentence once, after whatever sets them apart."""
+    sources: dict[str, list[str]] = {sentence: ["run folder"] for sentence in mixed(run)}
     for source, record in (("plan", run.plan), ("certificate", run.certificate)):
         for sentence in record["notes"] if record is not None else ():
             sources.setdefault(sentence, []).append(source)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tiltlm.errors import InputError
-from tiltlm.records import Estimate
+from tiltlm.estimates import Estimate
 from tiltlm.reward_models.data import Task, task_of
 from tiltlm.reward_models.model import Head, RewardModel
 from tiltlm.reward_models.posterior import Ensemble, LinearPosterior, SoftmaxPosterior

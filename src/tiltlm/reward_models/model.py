@@ -23,6 +23,8 @@ from tiltlm.reward_models.posterior import Ensemble, LinearPosterior, RewardPost
 from tiltlm.seeds import generator
 
 FORMAT = 2
+MODEL_FILE = "reward_model.json"
+"""What tells of everything else in a reward model's folder, and so is written last."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class RewardModel:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "reward_model.json").unlink(missing_ok=True)
+            (folder / MODEL_FILE).unlink(missing_ok=True)
             for i, trunk in enumerate(self.trunks if lora else ()):
                 trunk.save_adapter(_adapter(folder, i))
             save_file(
@@ -184,7 +186,7 @@ class RewardModel:
             )
             partial = folder / "reward_model.json.tmp"
             partial.write_text(json.dumps(values, indent=1))
-            os.replace(partial, folder / "reward_model.json")  # last, so that its presence means that all is there
+            os.replace(partial, folder / MODEL_FILE)  # last, so that its presence means that all is there
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{folder} cannot be written ({reason}); make room or choose another folder") from error
@@ -234,7 +236,7 @@ class _Saved:
         if missing is not None:
             raise InputError(f"{folder} holds no reward model (no {missing}); give a folder that does")
         try:
-            values = json.loads((folder / "reward_model.json").read_text())
+            values = json.loads((folder / MODEL_FILE).read_text())
             tensors = load_file(folder / "reward_model.safetensors")
             if values["format"] == FORMAT:
                 return cls._of(folder, values, tensors)
@@ -290,7 +292,7 @@ class _Member:
 def files_of(folder: Path) -> list[Path]:
     """Everything that makes a saved reward model what it is, but its base."""
     adapters = sorted(folder.glob("adapter-*/adapter_model.safetensors"))
-    return [folder / "reward_model.json", folder / "reward_model.safetensors", *adapters]
+    return [folder / MODEL_FILE, folder / "reward_model.safetensors", *adapters]
 
 
 def _adapter(folder: Path, member: int) -> Path:

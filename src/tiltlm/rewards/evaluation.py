@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate
 from tiltlm.evidence.composition import as_formula
 from tiltlm.evidence.function import label_of
 from tiltlm.evidence.parts import text_of
-from tiltlm.records import Draws, Estimate
+from tiltlm.records import Draws
 
 RESAMPLES = 200
 

@@ -49,8 +49,9 @@ def augment_file(
     """
     if out.suffix != ".jsonl":
         raise InputError(f"out {str(out)!r} is not written as JSON lines; name it .jsonl")
-    if source.resolve() == out.resolve():
-        raise InputError(f"out {str(out)!r} is the file that is read; give another, so that nothing is lost")
+    if out.exists():
+        what = "the file that is read" if source.resolve() == out.resolve() else "there already"
+        raise InputError(f"out {str(out)!r} is {what}; give another name, so that nothing is lost")
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise InputError(

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from tiltlm.diagnostics.frontier import Plan, plan
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate
 from tiltlm.evaluation.uncertainty import mean_of
-from tiltlm.records import Estimate
 from tiltlm.workflow.methods import Outcome
 from tiltlm.workflow.task import TaskRun
 

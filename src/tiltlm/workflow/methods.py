@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import Generator
@@ -26,7 +27,7 @@ from tiltlm.protocols import Sampler
 from tiltlm.records import Prompts, Weighted
 from tiltlm.weights import group_sum, normalise
 from tiltlm.workflow.files import write_json
-from tiltlm.workflow.recipe import for_method
+from tiltlm.workflow.recipe_files import for_method
 from tiltlm.workflow.templates import SOURCE, templated
 from tiltlm.workflow.training import lora_of, training_of
 
@@ -56,6 +57,15 @@ class Outcome:
     log_ratios: tuple[tuple[float, ...], ...] | None = None
     kl_posterior: tuple[float, float, float] | None = None
     seconds: float = 0.0
+
+    def elbo(self, beta: float) -> float | None:
+        """log Z - KL(q || p*), in nats, mean over prompts; None where the method has no density.
+
+        What two methods differ by is by how much one is nearer to p*.
+        """
+        if self.reward is None or self.log_ratios is None:
+            return None
+        return self.reward / beta - fmean(map(fmean, self.log_ratios))
 
     def facts(self) -> dict[str, Any]:
         """All but the texts, for JSON."""

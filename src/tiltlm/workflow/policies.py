@@ -36,7 +36,7 @@ def policy_folder(run: Path, policy: str | None) -> Path | None:
 
 
 def trained_beta(folder: Path | None) -> float | None:
-    """The temperature that a policy was trained at, if its folder says so."""
+    """The temperature that a policy was trained at, if its folder says so; None too where training had no use for one."""
     if folder is None or not (folder / "tiltlm.json").is_file():
         return None
-    return float(json.loads((folder / "tiltlm.json").read_text())["beta"])
+    return json.loads((folder / "tiltlm.json").read_text())["beta"]

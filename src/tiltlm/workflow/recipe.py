@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from tiltlm.errors import InputError
-from tiltlm.workflow.beside import PARTS, beside
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 UNCERTAIN = Literal[
@@ -183,7 +177,9 @@ class Recipe(BaseModel):
         description="run rewards while the next completions are drawn; these are then one update old, and weighed",
     )
     teacher: str | None = Field(None, description="decoding engine whose samples are learned from, for sft and dpo")
-    data: str | None = Field(None, description="file of completions or preferences to learn from, with TRL's columns")
+    data: str | None = Field(
+        None, description="file of completions or preferences, with TRL's columns; sft learns the chosen ones"
+    )
     steps: Positive = Field(40, description="training steps")
     batch: Positive = Field(4, description="prompts a step")
     lr: float = Field(3e-4, gt=0, lt=1, description="learning rate")
@@ -193,7 +189,9 @@ class Recipe(BaseModel):
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
     lora_r: Annotated[int, Field(ge=0)] = Field(16, description="rank of the adapter; 0 trains all weights")
-    lora_alpha: float | None = Field(None, description="scale of the adapter; 2 r by default")
+    lora_alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="scale of the adapter; 2 r by default"
+    )
     lora_targets: list[str] = Field([], description="modules that get an adapter; all linear ones by default")
     start: str | None = Field(None, description="PEFT adapter to start from; the prior remains the reference")
     micro_tokens: Positive = Field(1024, description="most completion tokens in a pass with gradient; bounds memory")
@@ -234,12 +232,21 @@ class Recipe(BaseModel):
             raise ValueError(f"stop is {value!r}; an empty text is in every completion, leave it out")
         return stops
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, values: Any) -> Any:
+        """True and false are numbers to Python, and not to whoever writes `beta: true`."""
+        for name, field in cls.model_fields.items():
+            if isinstance(values.get(name), bool) and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{name} is {str(values[name]).lower()}, which it cannot be ({field.description})")
+        return values
+
     @model_validator(mode="after")
     def _enough(self) -> Recipe:
         for name in ("prompts", "reward"):
             if getattr(self, name) is None and self.data is None and not (name == "reward" and self.moments):
                 raise ValueError(f"{name} is missing; give --{name} or write '{name}: …' into the recipe")
-        if self.reward is None and self.beta is None and not self.moments:
+        if self.reward is None and self.beta is None and not self.moments and not self.imitates:
             raise ValueError("beta is missing; without a reward nothing can choose it, give --beta, for example 0.1")
         return self
 
@@ -255,6 +262,8 @@ class Recipe(BaseModel):
             raise ValueError(f"{' and '.join(sources)} are ways to get completions to learn from; give one of them")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds are {self.bounds}; give the smallest reward first, then the largest")
+        if self.stop_on_hacking and self.gold is None:
+            raise ValueError("stop_on_hacking is on, but there is no gold to tell by; give a held-out reward, gold")
         return self
 
     @model_validator(mode="after")
@@ -281,6 +290,18 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def imitates(self) -> bool:
+        """Whether what is learned is the law of `data`, to which reward and temperature are nothing."""
+        from tiltlm.inference.catalogue import imitates  # which loads every engine, and torch
+
+        return self.data is not None and imitates(self.engine)
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether beta is given, or there is a way to choose it."""
+        return any(value is not None for value in (self.beta, self.kl_budget, self.reward_goal))
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.out)
@@ -296,97 +317,7 @@ class PriorRecipe(Recipe):
         return self
 
 
-def read_recipe(file: Path | None, flags: Mapping[str, Any], kind: type[Recipe] = Recipe) -> Recipe:
-    """A recipe from a YAML file, with flags on top.
-
-    Paths in the file (prompts, reward, adapters) are relative to the file if they exist there, else to the working folder.
-
-    Raises:
-        InputError: naming the key, its value and the remedy.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = {name: beside(file, name, value) for name, value in _yaml(file).items()}
-    given = {name: value for name, value in flags.items() if value is not None}
-    choices = {"beta", "kl_budget", "reward_goal"}
-    if given.keys() & choices:  # a flag replaces whichever way the file chose
-        values = {name: value for name, value in values.items() if name not in choices}
-    try:
-        if "options" in given:
-            given["options"] = {**values.get("options", {}), **given["options"]}
-        return kind.model_validate(values | given)
-    except ValidationError as error:
-        raise InputError(_sentence(error, file, given)) from error
-
-
 def with_versions(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, with the versions of the packages that its numbers depend on."""
     names = ("tiltlm", "torch", "transformers", "peft")
     return {**recipe.model_dump(), "versions": {name: importlib.metadata.version(name) for name in names}}
-
-
-def quickened(recipe: Recipe) -> Recipe:
-    """The recipe with the changes that its `quick` asks for, in a folder of its own.
-
-    Raises:
-        InputError: for a change that is no key of a recipe.
-    """
-    values = {**recipe.model_dump(), "out": f"{recipe.out}-quick", **recipe.quick, "quick": {}}
-    return _validated(recipe, values, "quick")
-
-
-def for_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe as its `methods` has it for one of them.
-
-    Raises:
-        InputError: for a change that is no key of a recipe.
-    """
-    return _validated(recipe, {**recipe.model_dump(), **recipe.methods.get(method, {})}, f"methods: {method}")
-
-
-def _validated(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
-    try:
-        return type(recipe).model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{where}: {_sentence(error, None, {})}") from error
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise InputError(f"recipe {str(file)!r} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {str(file)!r} is not YAML ({' '.join(str(error).split())[:160]}); mend it") from error
-    if not isinstance(loaded, dict):
-        raise InputError(f"recipe {str(file)!r} holds no keys; write lines like 'model: smollm2-135m-instruct'")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _sentence(error: ValidationError, file: Path | None, flags: Mapping[str, Any]) -> str:
-    """The first fault as one sentence."""
-    faults = error.errors()
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])  # a misspelt key is missing as well
-    path = [str(part) for part in fault["loc"]]
-    where = ".".join(path)
-    if path and path[0] in PARTS:  # one fault for each thing that it might have been
-        where = path[0]
-    source = f" in {file}" if file is not None and where not in flags else ""
-    fields = Recipe.model_fields if len(path) < 2 else MomentSpec.model_fields  # the only nested keys
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-        return f"unknown key {where!r}{source}; {hint}"
-    if fault["type"] == "missing" and len(path) > 1:
-        return f"{where} is missing{source}; write a moment as '- {{function: file.py:function, mean: 0.5}}'"
-    if fault["type"] == "missing":
-        return f"{where} is missing{source}; give --{where.replace('_', '-')} or write '{where}: …' into the recipe"
-    if fault["type"] == "value_error":
-        return str(fault["msg"]).removeprefix("Value error, ").replace(" is missing;", f" is missing{source};")
-    description = Recipe.model_fields[path[0]].description
-    if where in PARTS:
-        return (
-            f"{where} is {flags.get(where, fault['input'])!r:.80}{source}; give file.py:function, or a list of parts, each "
-            f"with 'part: NAME' or 'function: file.py:f'"
-        )
-    return f"{where} is {fault['input']!r}{source}: {fault['msg'][0].lower()}{fault['msg'][1:]} ({description})"

@@ -11,7 +11,7 @@ from tiltlm.lm.adapters import LoRA
 from tiltlm.lm.trunk import Adaptation, TopLayers, load_trunk
 from tiltlm.reward_models.calibration import Calibration, check_reward_model
 from tiltlm.reward_models.data import Task, task_of
-from tiltlm.reward_models.model import RewardModel
+from tiltlm.reward_models.model import MODEL_FILE, RewardModel
 from tiltlm.reward_models.train import Progress, train_reward_model
 from tiltlm.reward_models.tune import Tuning
 from tiltlm.workflow.files import require_writable_folder
@@ -53,6 +53,8 @@ def train_from_files(
         settings: of `load_trunk` (max_tokens, pooling, dtype, device), of `Tuning`, and of `train_reward_model`.
     """
     require_writable_folder(out)
+    if not settings["resume"] and (out / MODEL_FILE).is_file():
+        raise InputError(f"out {str(out)!r} holds a reward model already; choose another folder, --out")
     left = dict(settings)
     tasks = tasks_of(files, left.pop("label_smoothing"))
     adaptation = adaptation_of(left.pop("lora_r"), left.pop("unfreeze"))

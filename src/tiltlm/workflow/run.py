@@ -6,8 +6,6 @@ The folder holds `recipe.json`, `plan.json`, `prior/` (the prior's draws), `chec
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +34,7 @@ from tiltlm.records import Draws, Prompts, Scored, Weighted
 from tiltlm.report.card import model_card
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
+from tiltlm.workflow.about import About, about, begun, digest, refuse_others_policy, say_if_mended, say_if_of_another
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
 from tiltlm.workflow.generators import generator_of
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
@@ -94,7 +93,8 @@ class Run:
     def given(self) -> Scored:
         """The completions of the recipe's `data`, with their preferences if it has any."""
         rows = self._given_rows
-        return preferences(self.prior, rows) if "chosen" in rows[0] else demonstrations(self.prior, rows)
+        compared = "chosen" in rows[0] and not self.recipe.imitates
+        return preferences(self.prior, rows) if compared else demonstrations(self.prior, rows)
 
     @cached_property
     def _given_rows(self) -> Sequence[Any]:
@@ -166,7 +166,7 @@ class Run:
         """The evidence of the moments, in nats, at the recipe's beta."""
         r = self.recipe
         base = self.prior if r.reward is None else self._rewarded(self.chosen_beta())
-        key = self._key(r.reward, self._reward and self._reward[1], r.beta, r.moments, self._moment_codes)
+        key = self._key(r.reward, self.reward_code, r.beta, r.moments, self._moment_codes)
         return solve_moments(base, self._moments, lambda: self._drawn, r.samples, r.folder, key)
 
     @cached_property
@@ -197,10 +197,13 @@ class Run:
     def plan(self) -> Plan:
         """Predict the frontier; keeps the prior's draws and `plan.json`."""
         self.check()
-        require_writable_folder(self.recipe.folder)
+        folder = self.recipe.folder
+        require_writable_folder(folder)
+        refuse_others_policy(folder, self.about)
         found = self._planned
-        self._write("recipe.json", with_versions(self.recipe))
-        self._write("plan.json", found.as_dict())
+        if begun(folder) is None:  # else it is the policy's
+            self._write_recipe()
+        self._write_plan()
         return found
 
     @cached_property
@@ -216,7 +219,7 @@ class Run:
             scored=self._prior_draws(r.beta or 1.0),
             gold=self.gold,
         )
-        if r.beta is None and not r.moments and r.kl_budget is None and r.reward_goal is None:
+        if not r.has_temperature and not r.moments:
             found = replace(found, chosen=None)
         return found
 
@@ -227,7 +230,9 @@ class Run:
             return r.beta
         if r.moments:  # alone: evidence in nats
             return 1.0
-        if r.kl_budget is None and r.reward_goal is None:
+        if not r.has_temperature:
+            if r.imitates:  # nothing depends on it
+                return 1.0
             raise InputError("beta is missing; give --beta, or --kl-budget or --reward-goal to have it chosen")
         chosen = self._planned.chosen
         assert chosen is not None
@@ -255,10 +260,8 @@ class Run:
 
     def _key(self, *parts: Any) -> str:
         """A hash of the prior, the prompts and what else something depends on."""
-        r, prompts = self.recipe, self.prompts
-        common = [self.prior.fingerprint(), repr(self.prior.law), r.chat, r.on_error, r.bounds, prompts.texts]
-        common += [prompts.fingerprint(), prompts.columns]
-        return hashlib.sha256(json.dumps([*common, *parts], default=str).encode()).hexdigest()
+        common = self.about["prior"], self.about["prompts"], self.recipe.on_error, self.recipe.bounds
+        return digest(*common, *parts)
 
     # --- train ---
 
@@ -277,10 +280,12 @@ class Run:
         if not resume:
             refuse_earlier(r.folder)
         beta = self.chosen_beta()
-        if not resume:
-            self._write("recipe.json", with_versions(self.recipe))
-            if r.beta is None:
-                self._write("plan.json", self._planned.as_dict())
+        if resume:
+            say_if_mended(r.folder, self.about)
+        else:
+            self._write_recipe()
+            if r.beta is None and (r.has_temperature or r.moments):
+                self._write_plan()
         return beta
 
     def train(self, *, resume: bool = False, monitor: Monitor | None = None) -> float:
@@ -304,7 +309,7 @@ class Run:
             gold=self.gold,
             settings=training_of(r),
         )
-        self._write("recipe.json", with_versions(self.recipe))
+        self._write_recipe()
         world.each(lambda: self._save_policy(policy, beta) if world.main else None)
         return beta
 
@@ -314,7 +319,8 @@ class Run:
             policy.save(folder)
         except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
-        self._write("policy/tiltlm.json", {"beta": beta, "recipe": with_versions(self.recipe)})
+        said = None if self.recipe.imitates and not self.recipe.has_temperature else beta
+        self._write("policy/tiltlm.json", {"beta": said, "recipe": self._recorded})
         write_text(self.recipe.folder / "policy" / "README.md", model_card(self.recipe.folder))
 
     # --- certify ---
@@ -327,10 +333,12 @@ class Run:
         self.check()
         r = self.recipe
         require_writable_folder(r.folder)
-        sampler = self.sampler(policy)
-        trained = trained_beta(policy_folder(r.folder, policy))
+        sampler, folder = self.sampler(policy), policy_folder(r.folder, policy)
+        trained = trained_beta(folder)
         beta = trained if r.beta is None and trained is not None else self.chosen_beta()
         target = self.target(beta)
+        if folder is not None:
+            say_if_of_another(folder, self.about)
         prior_draws = self._prior_draws(beta)
         certificate = certify(
             self._reporting(sampler, "policy draws", len(self.prompts) * r.samples),
@@ -344,7 +352,7 @@ class Run:
         )
         has_policy = (r.folder / "policy" / "tiltlm.json").exists()
         if policy is None or not has_policy:
-            self._write("certificate.json", certificate.as_dict())
+            self._write("certificate.json", {**certificate.as_dict(), "about": self.about})
             self._write_samples(target, prior_draws, certificate)
         if policy is None and has_policy:
             write_text(r.folder / "policy" / "README.md", model_card(r.folder))
@@ -401,6 +409,21 @@ class Run:
         return weighted, rows
 
     # --- files ---
+
+    @cached_property
+    def about(self) -> About:
+        """What the files that this run writes are about."""
+        return about(self, self._moment_codes)
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
+        return {**with_versions(self.recipe), "about": self.about}
+
+    def _write_recipe(self) -> None:
+        self._write("recipe.json", self._recorded)
+
+    def _write_plan(self) -> None:
+        self._write("plan.json", {**self._planned.as_dict(), "about": self.about})
 
     def _reporting(self, sampler: Any, what: str, count: int) -> Any:
         return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))

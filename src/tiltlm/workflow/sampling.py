@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Generator
 
 from tiltlm.errors import InputError, TiltWarning
@@ -73,11 +74,18 @@ def _warn_of_prefixes(reward: TextFunction) -> None:
 
 
 def resampled(weighted: Weighted, beta: float, count: int, rng: Generator) -> list[dict[str, Any]]:
-    """`count` completions of each prompt, resampled from an engine's weights; fewer where none has weight."""
+    """`count` completions of each prompt, resampled from an engine's weights.
+
+    Where all that an engine kept for a prompt count alike, they are the samples, and no copies are made of them: there may be
+    fewer than `count`, or none.
+    """
     draws, reward = weighted.scored.draws, beta * weighted.scored.log_evidence
     chosen = resample(weighted.log_w, draws.prompt_index, len(draws.prompts), count, rng)
     rows = []
-    for prompt, picks in zip(draws.prompts.texts, chosen.tolist(), strict=True):
-        texts = [{"text": draws.texts[i], "reward": float(reward[i])} for i in picks if i >= 0]
+    for number, prompt in enumerate(draws.prompts.texts):
+        kept = ((draws.prompt_index == number) & (weighted.log_w > -torch.inf)).nonzero().flatten()
+        alike = len(weighted.log_w[kept].unique()) <= 1
+        picks = kept[torch.randperm(len(kept), generator=rng)][:count] if alike else chosen[number]
+        texts = [{"text": draws.texts[i], "reward": float(reward[i])} for i in picks.tolist()]
         rows.append({"prompt": prompt, "completions": texts})
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -18,8 +19,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from tiltlm.content import content
+from tiltlm.data.reading import IMAGE
 from tiltlm.data.spec import Progress
-from tiltlm.errors import InputError
+from tiltlm.errors import InputError, TiltWarning
 from tiltlm.evaluation import (
     DistinctN,
     PassAtK,
@@ -30,13 +33,15 @@ from tiltlm.evaluation import (
     risk_coverage,
     vote,
 )
+from tiltlm.inference.compare import RANKING
 from tiltlm.records import Prompts
 from tiltlm.rewards import Length, SelectiveAccuracy
 from tiltlm.target import Target
 from tiltlm.workflow.files import write_json
 from tiltlm.workflow.inputs import read_prompts, reward_of
 from tiltlm.workflow.methods import Bench, Outcome, method_of
-from tiltlm.workflow.recipe import Recipe, for_method
+from tiltlm.workflow.recipe import Recipe
+from tiltlm.workflow.recipe_files import for_method
 from tiltlm.workflow.references import parts_of, require_references
 from tiltlm.workflow.run import Run
 from tiltlm.workflow.templates import templated
@@ -116,9 +121,30 @@ class TaskRun:
             InputError: naming it.
         """
         self._first.check()
+        for name in self.recipe.methods:
+            method_of(name)
         judges = [part.judge if isinstance(part, PassAtK) else part for part in self.metrics]
         require_references([*parts_of(self.recipe), *judges], self.test_rows, str(self.recipe.test))
         _ = self.test_prompts, self._first.prompts
+        self._say_if_seen()
+
+    def _say_if_seen(self) -> None:
+        """Warn of test prompts that are trained on."""
+
+        def prompt(row: Any) -> str:
+            return content(
+                [row.get(name) for name in (self.recipe.column, IMAGE)] if isinstance(row, Mapping) else [row, None]
+            )
+
+        seen = set(map(prompt, self._first.rows))
+        count = sum(prompt(row) in seen for row in self.test_rows)
+        if count:
+            warnings.warn(
+                f"{count} of the {len(self.test_rows)} test prompts ({self.recipe.test}) are among those that are trained on "
+                f"({self.recipe.prompts}): the table says less than it seems to; take other rows, such as FILE[200:]",
+                TiltWarning,
+                stacklevel=2,
+            )
 
     def run(self, seed: int) -> Run:
         """The recipe with another seed, at the one temperature, in a folder of its own."""
@@ -253,13 +279,13 @@ def certificates(outcomes: Sequence[Outcome], beta: float) -> Table:
     table = Table(
         title=f"certificates on the test prompts, beta {beta:.3g}", title_justify="left", box=None, pad_edge=False
     )
-    for head in ("", "seed", "E r", "KL(q||p*), nats at 95%"):
+    for head in ("", "seed", "E r", "ELBO", "KL(q||p*), nats at 95%"):
         table.add_column(head, justify="left" if not head else "right")
+    table.caption, table.caption_justify = RANKING, "left"
     for found in outcomes:
         bound = found.kl_posterior
         high = "" if bound is None else "∞" if math.isinf(bound[2]) else f"{bound[2]:.2f}"
         shown = "–" if bound is None else f"[{bound[1]:.2f}, {high}]"
-        table.add_row(
-            found.method, str(found.seed), "–" if found.reward is None else f"{found.reward:.3f}", escape(shown)
-        )
+        reward, elbo = ("–" if value is None else f"{value:.3f}" for value in (found.reward, found.elbo(beta)))
+        table.add_row(found.method, str(found.seed), reward, elbo, escape(shown))
     return table

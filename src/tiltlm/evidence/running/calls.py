@@ -16,7 +16,7 @@ from typing import Any
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.evidence.running.coroutines import finished
 from tiltlm.evidence.running.tally import count
-from tiltlm.evidence.running.worker import Unusable, listed
+from tiltlm.evidence.running.worker import Unusable, listed, place_of
 
 TextFunction = Callable[..., Sequence[float]]
 """`fn(prompts=…, completions=…, completion_ids=…, **columns)`, by name, any of them -> one value a completion."""
@@ -205,7 +205,8 @@ def told(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, Failure | Unusable):
         return message
-    return f"raised {type(error).__name__} ({message})" if message else f"raised {type(error).__name__}"
+    what = f"raised {type(error).__name__} ({message})" if message else f"raised {type(error).__name__}"
+    return what + place_of(error)
 
 
 def _left(error: SystemExit) -> Failure:

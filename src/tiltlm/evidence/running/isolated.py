@@ -191,6 +191,6 @@ def _raised(error: dict[str, Any]) -> Failure:
     name, message = error["names"][0], error["message"]
     if "InputError" in error["names"]:
         raise InputError(message)
-    failure = Failure(f"raised {name} ({message})" if message else f"raised {name}")
+    failure = Failure((f"raised {name} ({message})" if message else f"raised {name}") + error["place"])
     failure.names, failure.status = tuple(error["names"]), error.get("status")
     return failure

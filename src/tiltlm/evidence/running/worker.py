@@ -19,8 +19,10 @@ import signal
 import socket
 import struct
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,14 @@ def listed(returned: Any, count: int) -> list[Any]:
     if len(returned) != count:
         raise Unusable(f"returned {len(returned)} values for {count} completions; return one a completion")
     return list(returned)
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a user's own file an exception was raised, as the end of a sentence; "" where no such file had a part in it."""
+    others = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")] + [str(Path(__file__).parents[2])]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<") and not any(f.filename.startswith(o) for o in others)]
+    return f" in {Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 def load_file(path: str) -> Any:
@@ -133,7 +143,8 @@ def _plain(value: Any) -> Any:
 
 def _described(error: BaseException) -> dict[str, Any]:
     names = [kind.__name__ for kind in type(error).__mro__]
-    return {"names": names, "message": " ".join(str(error).split()), "status": status_of(error)}
+    message = " ".join(str(error).split())
+    return {"names": names, "message": message, "status": status_of(error), "place": place_of(error)}
 
 
 def status_of(error: BaseException) -> int | None:

@@ -11,7 +11,7 @@ from tiltlm.errors import InputError
 from tiltlm.protocols import Claim, Sampler
 from tiltlm.records import Prompts, Scored, Weighted
 from tiltlm.target import Target, require_finite
-from tiltlm.weights import log_mean_weight, normalise
+from tiltlm.weights import ess, log_mean_weight, normalise
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Importance:
             raise InputError(f"n is {self.n}; draw at least 1 completion")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
-        """`n` weighted draws a prompt, with the estimate of log Z."""
+        """`n` weighted draws a prompt, with the estimate of log Z; the diagnostics are `ess`, the effective sample size."""
         scored = require_finite(target.score((proposal or target.prior).draw(prompts, self.n, rng)))
-        log_w = scored.log_weight
-        log_z = log_mean_weight(log_w, scored.draws.prompt_index, len(prompts), self.n)
-        return Weighted(scored, log_w, log_z)
+        log_w, index = scored.log_weight, scored.draws.prompt_index
+        log_z = log_mean_weight(log_w, index, len(prompts), self.n)
+        return Weighted(scored, log_w, log_z, {"ess": ess(log_w, index, len(prompts))})
 
     def selection(self, target: Target, scored: Scored) -> Float[Tensor, " B"]:
         """Probability that each of the given draws is the one resampled."""

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError
+from tiltlm.estimates import Estimate
 from tiltlm.protocols import Claim, Sampler
-from tiltlm.records import Estimate, Prompts, Scored, Weighted
+from tiltlm.records import Prompts, Scored, Weighted
 from tiltlm.target import Target
 from tiltlm.weights import group_count, log_mean_weight
 
@@ -45,7 +46,7 @@ class Rejection:
             raise InputError(f"samples is {self.samples}; it must be at least 1, or None to spend the budget")
 
     def sample(self, target: Target, prompts: Prompts, *, proposal: Sampler | None = None, rng: Generator) -> Weighted:
-        """Accepted draws with weight 1, the others with weight 0.
+        """Accepted draws with weight 1, the others with weight 0; the diagnostics are `acceptance`, the share that was accepted.
 
         Raises:
             InputError: if the reward has no bounds, or a proposal other than the prior is asked for (log pi0 / q has no
@@ -71,7 +72,8 @@ class Rejection:
                 open_prompts = [p for p in open_prompts if accepted[p] < self.samples]
         scored = Scored.concatenate([part.scored for part in rounds])
         log_w = torch.cat([part.log_w for part in rounds])
-        return Weighted(scored, log_w, self._log_z(scored, log_w > -torch.inf, drawn, before))
+        rate = accepted_counts(rounds, len(prompts)).double() / torch.tensor(drawn)
+        return Weighted(scored, log_w, self._log_z(scored, log_w > -torch.inf, drawn, before), {"acceptance": rate})
 
     def _log_z(
         self, scored: Scored, accepted: Bool[Tensor, " B"], drawn: list[int], before: list[int]

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from tiltlm.errors import InputError, TiltWarning, at_least_one
+from tiltlm.estimates import Estimate
 from tiltlm.inference.decoding.particles import Chance, Particles, Random, Resample
 from tiltlm.inference.decoding.proposal import prefix_proposal
 from tiltlm.protocols import Claim, PrefixSampler, Sampler, Twist, TwistWalk, Walk
-from tiltlm.records import Draws, Estimate, Prompts, Scored, Weighted
+from tiltlm.records import Draws, Prompts, Scored, Weighted
 from tiltlm.target import Target
 from tiltlm.weights import ess, multinomial, residual, stratified, systematic
 

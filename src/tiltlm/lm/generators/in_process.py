@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiltlm.errors import InputError
 from tiltlm.lm.generators.protocol import Continuation, Request, Terms
-from tiltlm.lm.generators.weights import BASE, Weights
+from tiltlm.lm.generators.weights import BASE, Weights, forget
 from tiltlm.mismatch import Tolerance
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class VLLM:
             name, number = self._adapter or ("", 0)
             if number:
                 llm.llm_engine.remove_lora(number)
-                shutil.rmtree(self._root / name, ignore_errors=True)
+                forget(self._root, name)
             self._adapter = weights.name, number + 1
         return weights.name
 
@@ -89,8 +89,7 @@ class VLLM:
         path = self._source(view) if weights.kind == "base" else str(weights.write(view, self._root))
         llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         llm.reset_prefix_cache()
-        if self._in_place != BASE:  # for which nothing was written: a folder of that name is somebody's own
-            shutil.rmtree(self._root / self._in_place, ignore_errors=True)
+        forget(self._root, self._in_place)
         self._in_place = weights.name
 
     def generate(self, requests: Sequence[Request], terms: Terms) -> list[tuple[Continuation, ...]]:

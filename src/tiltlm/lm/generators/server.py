@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiltlm.errors import InputError, at_least_one, not_negative
 from tiltlm.lm.generators.protocol import Continuation, Request, Terms
-from tiltlm.lm.generators.weights import BASE, Weights
+from tiltlm.lm.generators.weights import BASE, Weights, forget
 from tiltlm.mismatch import Tolerance
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class VLLMServer:
             self._call("/v1/load_lora_adapter", body, f"start it with {ALLOW} {SERVE}")
         if self._adapter is not None:  # the new one is there: the old one is not needed any more
             self._call("/v1/unload_lora_adapter", {"lora_name": self._adapter}, "restart it")
-            shutil.rmtree(self._root / self._adapter, ignore_errors=True)
+            forget(self._root, self._adapter)
         self._adapter = weights.name
 
     def _reload(self, view: View, weights: Weights) -> None:
@@ -109,8 +109,7 @@ class VLLMServer:
         )
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, remedy)
         self._call("/reset_prefix_cache", {}, remedy)
-        if self._in_place != BASE:  # for which nothing was written: a folder of that name is somebody's own
-            shutil.rmtree(self._root / self._in_place, ignore_errors=True)
+        forget(self._root, self._in_place)
         self._in_place = weights.name
 
     @cached_property

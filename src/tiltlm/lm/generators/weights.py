@@ -73,6 +73,12 @@ class Weights:
         return folder
 
 
+def forget(root: Path, name: str | None) -> None:
+    """Remove what `Weights.write` wrote under a name. For the base it writes nothing: a folder of that name is somebody's own."""
+    if name not in (None, BASE):
+        shutil.rmtree(root / name, ignore_errors=True)
+
+
 def _hash(parameters: Mapping[str, torch.Tensor], scale: float = 1.0) -> str:
     digest = hashlib.blake2b(repr(scale).encode(), digest_size=8)
     for name, value in parameters.items():

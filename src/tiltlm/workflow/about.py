@@ -1,0 +1,92 @@
+"""What the files of a run's folder are about: its prior, prompts and reward, as hashes.
+
+So files about different ones, which came into one folder, are not taken for one run's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiltlm.errors import InputError, TiltWarning
+from tiltlm.report.folder import differing
+
+if TYPE_CHECKING:
+    from tiltlm.workflow.run import Run
+
+About = Mapping[str, str]
+"""Hashes by what they are of: "prior", "prompts", "reward"."""
+
+
+def digest(*parts: Any) -> str:
+    """A hash of plain values; of anything else that of its text."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def about(run: Run, moment_codes: tuple[str, ...]) -> About:
+    """What a run is about. A reward counts with its code and its settings, at whatever temperature."""
+    r, prompts = run.recipe, run.prompts
+    uncertain = (r.uncertainty, r.uncertainty_options)
+    return {
+        "prior": digest(run.prior.fingerprint(), repr(run.prior.law), r.chat),
+        "prompts": digest(prompts.texts, prompts.fingerprint(), prompts.column_fingerprints()),
+        "reward": digest(r.reward, run.reward_code, r.bounds, r.on_error, uncertain, r.moments, moment_codes),
+    }
+
+
+def begun(folder: Path) -> About | None:
+    """What was trained in a folder, also if it came to no end; None if nothing was, or an earlier version does not say."""
+    if not (folder / "checkpoints").is_dir() and not (folder / "policy").is_dir():
+        return None
+    return _about_of(folder / "recipe.json")
+
+
+def refuse_others_policy(folder: Path, now: About) -> None:
+    """Raise if a plan would come to lie beside a policy that it says nothing about.
+
+    Raises:
+        InputError: naming what is different.
+    """
+    other = differing(begun(folder), now)
+    if other:
+        raise InputError(
+            f"out {str(folder)!r} holds a policy that was trained with another {other}; choose another folder, --out"
+        )
+
+
+def say_if_mended(folder: Path, now: About) -> None:
+    """Warn if the reward is not what the steps before were trained on; it may be mended between a crash and --resume."""
+    if "reward" in differing(begun(folder), now):
+        warnings.warn(
+            f"the reward (its code, its bounds or its settings) has changed since the run in {folder} began: its earlier steps "
+            f"were trained on the earlier one; to train on this one alone, choose another folder, --out",
+            TiltWarning,
+            stacklevel=2,
+        )
+
+
+def say_if_of_another(policy: Path, now: About) -> None:
+    """Warn if a policy was trained from another prior, or for another reward, than it is judged by now."""
+    trained = _about_of(policy / "tiltlm.json", "recipe")
+    other = differing(trained, now, ("prior", "reward"))
+    if other:
+        warnings.warn(
+            f"the policy in {policy} was trained with another {other} than it is judged by now; the certificate is true of what "
+            f"it is here, and not of what was trained",
+            TiltWarning,
+            stacklevel=2,
+        )
+
+
+def _about_of(file: Path, *within: str) -> About | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key in (*within, "about"):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
