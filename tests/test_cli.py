@@ -622,7 +622,7 @@ class TestRun:
         assert cli("plan", "recipe.yaml", "--json", "p.json").code == 0
         plan = numbers("p.json")
         assert plan == numbers("run/plan.json")
-        keys = {"prior_reward", "samples_per_prompt", "frontier", "best_of_n", "chosen", "per_prompt", "notes"}
+        keys = {"prior_reward", "samples_per_prompt", "frontier", "best_of_n", "chosen", "per_prompt", "notes", "about"}
         assert set(plan) == keys
         beta = plan["chosen"]["beta"]
         assert plan["chosen"]["kl"]["value"] == pytest.approx(0.2, abs=0.02)
