@@ -24,7 +24,8 @@ demo: $(INSTALLED)
 	$(BIN)/tiltlm report $(RUN)
 
 # A process a core: torch's own threads would only wait for each other on models this small.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+# a file's tests stay in one process, because some fixtures take half a minute and serve a whole file
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: $(INSTALLED)
 	$(TEST)
