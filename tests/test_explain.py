@@ -248,6 +248,11 @@ def test_the_format_is_found_out(config, source):
     assert explain(config).source == source
 
 
+@pytest.mark.parametrize("beta", [0.2, "0.2", [0.2], "[0.2, 0.1]"])
+def test_a_beta_an_epoch_may_be_a_single_one(beta):
+    assert "labels that only compare" in str(explain({"trainer": "OnlineDPOTrainer", "beta": beta}))
+
+
 def test_every_trl_field_that_several_trainers_have_needs_a_name():
     with pytest.raises(InputError, match="trl-grpo"):
         explain({"beta": 0.1, "num_generations": 4})

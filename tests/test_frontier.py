@@ -242,7 +242,7 @@ def test_out_of_reach_says_what_is_in_reach(world):
 
 
 def test_it_says_what_the_draws_cannot_tell(world):
-    plan = tl.plan(world.target, world.prompts, beta=0.03, samples=16)
+    plan = tl.plan(world.target, world.prompts, beta=0.1, samples=16)
     assert any("16 samples a prompt cannot say" in note and "draw ~" in note for note in plan.notes)
     assert any("is a guess" in note for note in plan.notes)
     assert not plan.chosen.reliable
@@ -252,10 +252,14 @@ def test_it_says_what_the_draws_cannot_tell(world):
 
 def test_what_is_needed_is_the_same_in_the_table_and_in_words(world):
     """The draws there are say too little of what they cannot tell: their KL is at most log n."""
-    plan = tl.plan(world.target, world.prompts, beta=0.03, samples=16)
+    plan = tl.plan(world.target, world.prompts, beta=0.1, samples=16)
     (note,) = [note for note in plan.notes if "draw ~" in note]
-    assert f"for beta = 0.03 draw ~{plan.chosen.needed}" in note
-    assert plan.chosen.needed > 20 * math.exp(math.log(16))
+    assert f"for beta = 0.1 draw ~{plan.chosen.needed}" in note
+    assert plan.chosen.needed > 20 * 16, "what 16 draws say of themselves is at most MARGIN * 16"
+    (hopeless,) = [
+        note for note in tl.plan(world.target, world.prompts, beta=1e-9, samples=16).notes if "would not do" in note
+    ]
+    assert "for beta = 1e-09 1000000 would not do" in hopeless
     beyond = [point.needed for point in plan.frontier if not point.reliable]
     assert beyond == sorted(beyond)
 

@@ -31,8 +31,8 @@ MARGIN = 4.0
 SHARE = 0.9
 """... for at least this share of the prompts."""
 GRID = 32
-MOST = math.log(250_000)
-"""Nobody draws more than a million samples a prompt; a larger need is as good as none."""
+MOST = 1_000_000
+"""Nobody draws more samples a prompt; a larger need is shown as this one."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ def _limits(sample: PriorSample, frontier: Sequence[FrontierPoint], chosen: Fron
         wanted = beyond if chosen is None else min(beyond, chosen, key=lambda point: point.beta)
         notes.append(
             f"Below beta = {last.beta:.2g} (beyond {last.kl.value:.2f} nats) {sample.n} samples a prompt cannot say; for beta = "
-            f"{wanted.beta:.2g} draw ~{wanted.needed}."
+            f"{wanted.beta:.2g} {f'draw ~{wanted.needed}' if wanted.needed < MOST else f'{MOST} would not do'}."
         )
     if chosen is not None and not chosen.reliable:
         notes.append(f"The chosen beta = {chosen.beta:.3g} is below that: its prediction is a guess.")
@@ -385,7 +385,7 @@ def _extrapolated_need(sample: PriorSample, trusted: float, wanted: float) -> in
     kl = sample.tilts(at).kl.quantile(SHARE, 0)
     slope = float(kl[0] - kl[1]) / (1 / trusted**2 - 1 / (1.05 * trusted) ** 2)
     grown = float(kl[0]) + slope * (1 / wanted**2 - 1 / trusted**2)
-    return _round_up(MARGIN * math.exp(min(grown, MOST)))
+    return _round_up(MARGIN * math.exp(min(grown, math.log(MOST / MARGIN))))
 
 
 def _round_up(number: float) -> int:

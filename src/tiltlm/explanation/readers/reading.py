@@ -107,7 +107,7 @@ _WANTED = {
     "flag": "true or false",
     "text": "text",
     "pair": "two numbers",
-    "numbers": "numbers",
+    "numbers": "a number, or several",
 }
 
 
@@ -159,7 +159,10 @@ def _text(value: Any) -> str | None:
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:
+    """Several numbers, or one alone."""
     parts = value.strip("[]() ").replace(",", " ").split() if isinstance(value, str) else value
+    if isinstance(parts, int | float):
+        parts = [parts]
     if not isinstance(parts, Sequence) or not parts:
         return None
     numbers = [_number(part) for part in parts]
