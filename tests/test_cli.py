@@ -459,26 +459,37 @@ class TestFolders:
         assert cli("train", "recipe.yaml").code == 0
         before = everything(here)
         message = refused("plan", "recipe.yaml", "--reward", "rewards.py:constant")
-        assert "out 'run' holds a policy that was trained with another reward; choose another folder, --out" in message
-        assert "another prior and reward;" in refused(
+        assert (
+            "out 'run' holds the policy of another run (not the same: reward); choose another folder, --out" in message
+        )
+        assert "(not the same: prior, reward)" in refused(
             "plan", "recipe.yaml", "--reward", "rewards.py:constant", "--temperature", "0.5"
         )
         assert everything(here) == before
         assert cli("plan", "recipe.yaml", "--beta", "0.5").code == 0
         assert numbers("run/recipe.json")["beta"] == 0.25, "it is the policy's"
+        (here / "others.txt").write_text("one\ntwo\nthree\n")
+        assert cli("plan", "recipe.yaml", "--prompts", "others.txt").code == 0
+        said = " ".join(cli("report", "run").out.split())
+        assert "certified yet" in said
+        assert (
+            "The plan and the training are of different runs (not the same: prompts)"
+            in (here / "run/report.html").read_text()
+        )
 
     def test_what_came_together_in_a_folder_is_told_apart(self, cli, here):
         assert cli("plan", "recipe.yaml", "--reward", "rewards.py:constant").code == 0
         assert cli("train", "recipe.yaml").code == 0
-        assert "another" not in cli("certify", "recipe.yaml").err
+        assert "something else" not in cli("certify", "recipe.yaml").err
         ended = cli("report", "run")
-        assert "The plan is of another reward than the certificate" in " ".join(ended.out.split())
-        assert "The plan is of another reward than the certificate" in (here / "run" / "report.html").read_text()
+        said = "The plan and the certificate are of different runs (not the same: reward)"
+        assert said in " ".join(ended.out.split())
+        assert said in (here / "run" / "report.html").read_text()
         ended = cli("certify", "recipe.yaml", "--reward", "rewards.py:constant")
-        assert "the policy in run/policy was trained with another reward than it is judged by now" in ended.err
+        assert "trained on something else than it is judged by now (not the same: reward)" in ended.err
         again = " ".join(cli("report", "run").out.split())
-        assert "The plan is of another" not in again
-        assert "The policy was trained with another reward than it was certified with" in again
+        assert "The plan and" not in again
+        assert "Training and certificate are of different runs (not the same: reward)" in again
 
     def test_a_reward_that_was_mended_before_resuming_is_told(self, cli, here):
         assert cli("train", "recipe.yaml").code == 0
@@ -495,7 +506,7 @@ class TestFolders:
         model.lm_head.weight.data *= 1.5
         model.save_pretrained(here / "base")
         ended = cli("certify", "recipe.yaml", "--model", "base")
-        assert "was trained with another prior than it is judged by now" in ended.err
+        assert "trained on something else than it is judged by now (not the same: prior)" in ended.err
 
     def test_nothing_to_certify(self, refused, here):
         message = refused("certify", "recipe.yaml")

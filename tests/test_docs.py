@@ -36,7 +36,7 @@ def tiny_embedded_model(monkeypatch):
     monkeypatch.setattr(tl, "load_trunk", tiny_trunk, raising=False)
 
 
-@pytest.mark.filterwarnings("ignore:in the first 5 steps all completions")  # what random weights write has no sentiment
+@pytest.mark.filterwarnings("ignore:in 5 steps all completions")  # what random weights write has no sentiment
 def test_the_readme_example(tiny_embedded_model, capsys):
     (code,) = blocks("README.md")
     assert len(code.strip().splitlines()) <= 18

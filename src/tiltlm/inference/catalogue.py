@@ -96,9 +96,9 @@ def _behaviour(engine: Any, name: str, option: str, value: Any) -> Callable[...,
         return value
     module = importlib.import_module(type(engine).__module__)
     functions = {key: v for key, v in vars(module).items() if _is_a_behaviour(v) and not key.startswith("_")}
-    if value not in functions:
+    if str(value) not in functions:
         raise InputError(f"option {option} of {name} is {value!r}; it must name one of {', '.join(functions)}")
-    return functions[value]
+    return functions[str(value)]
 
 
 def _is_a_behaviour(value: Any) -> bool:

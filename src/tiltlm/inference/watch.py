@@ -18,7 +18,7 @@ from tiltlm.inference.monitor import Metrics
 from tiltlm.records import Scored
 
 SAME = 5
-"""Steps from the start after which equal rewards are worth a word."""
+"""Steps from where training begins after which equal rewards are worth a word."""
 
 
 class EqualRewardsWatch:
@@ -38,7 +38,7 @@ class EqualRewardsWatch:
         self._seen += 1
         if self._seen == SAME and not self._differed:
             warnings.warn(
-                f"in the first {SAME} steps all completions of a prompt got the same reward, so that there was nothing to learn from; "
+                f"in {SAME} steps all completions of a prompt got the same reward, so that there was nothing to learn from; "
                 f"look at the reward, or draw more of a prompt (group)",
                 TiltWarning,
                 stacklevel=2,

@@ -120,8 +120,8 @@ def _read_metrics(path: Path) -> tuple[Json, ...]:
 
 
 def differing(one: Any, other: Any, kinds: Sequence[str] = ("prior", "prompts", "reward")) -> str:
-    """Which of `kinds` two files are about different ones of, in words; none where one of them does not say what it is about."""
-    return " and ".join(kind for kind in kinds if one and other and one.get(kind) != other.get(kind))
+    """Which of `kinds` are not the same in what two files are about; "" where one of them does not say what it is about."""
+    return ", ".join(kind for kind in kinds if one and other and one.get(kind) != other.get(kind))
 
 
 def finite(value: Any) -> float | None:

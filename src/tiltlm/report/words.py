@@ -171,19 +171,20 @@ def _card(label: str, value: str, detail: str, accent: str = "") -> dict[str, st
 
 
 def mixed(run: Run) -> list[str]:
-    """Sentences on files in the folder that are not of one run: a plan and a certificate with another prior, prompts or reward."""
-    certified = (run.certificate or {}).get("about")
-    off_plan = differing(run.plan.get("about"), certified)
-    off_policy = differing(run.recipe.get("about"), certified, ("prior", "reward"))
+    """Sentences on files in the folder that are not of one run, because their prior, prompts or reward are not the same."""
+    trained, certified = run.recipe.get("about"), (run.certificate or {}).get("about")
+    off_plan = differing(run.plan.get("about"), certified or trained)
+    off_policy = differing(trained, certified, ("prior", "reward"))
     sentences = []
     if off_plan:
+        later = "certificate" if certified else "training"
         sentences.append(
-            f"The plan is of another {off_plan} than the certificate: what it predicts is not of this policy. Plan anew, in a "
-            f"folder of its own."
+            f"The plan and the {later} are of different runs (not the same: {off_plan}): what the plan predicts is not of this "
+            f"policy. Plan anew, in a folder of its own."
         )
     if off_policy:
         sentences.append(
-            f"The policy was trained with another {off_policy} than it was certified with: the certificate says nothing of how "
+            f"Training and certificate are of different runs (not the same: {off_policy}): the certificate says nothing of how "
             f"training went."
         )
     return sentences

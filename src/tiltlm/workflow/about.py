@@ -46,15 +46,15 @@ def begun(folder: Path) -> About | None:
 
 
 def refuse_others_policy(folder: Path, now: About) -> None:
-    """Raise if a plan would come to lie beside a policy that it says nothing about.
+    """Raise if a plan would come to lie beside a policy that it says nothing about. It may be for other prompts.
 
     Raises:
         InputError: naming what is different.
     """
-    other = differing(begun(folder), now)
+    other = differing(begun(folder), now, ("prior", "reward"))
     if other:
         raise InputError(
-            f"out {str(folder)!r} holds a policy that was trained with another {other}; choose another folder, --out"
+            f"out {str(folder)!r} holds the policy of another run (not the same: {other}); choose another folder, --out"
         )
 
 
@@ -75,8 +75,8 @@ def say_if_of_another(policy: Path, now: About) -> None:
     other = differing(trained, now, ("prior", "reward"))
     if other:
         warnings.warn(
-            f"the policy in {policy} was trained with another {other} than it is judged by now; the certificate is true of what "
-            f"it is here, and not of what was trained",
+            f"the policy in {policy} was trained on something else than it is judged by now (not the same: {other}); the "
+            f"certificate is true of what it is here, and not of what was trained",
             TiltWarning,
             stacklevel=2,
         )
