@@ -81,12 +81,14 @@ def table(result: dict) -> str:
 
 
 def elbo(result: dict, system: dict) -> float | None:
-    """E r / beta - KL(q || pi0), over seeds; None for what has no density."""
+    """Mean over seeds; None for what has no density. Earlier results lack it: there it is E r / beta - KL(q || pi0)."""
     moved = system["metrics"].get("KL to prior")
     if moved is None or moved["value"] is None:
         return None
-    rewards = [outcome["reward"] for outcome in result["outcomes"] if outcome["method"] == system["name"]]
-    return sum(rewards) / len(rewards) / result["beta"] - moved["value"]
+    outcomes = [outcome for outcome in result["outcomes"] if outcome["method"] == system["name"]]
+    if all("elbo" in outcome for outcome in outcomes):
+        return sum(outcome["elbo"] for outcome in outcomes) / len(outcomes)
+    return sum(outcome["reward"] for outcome in outcomes) / len(outcomes) / result["beta"] - moved["value"]
 
 
 def cell(value: dict | None) -> str:

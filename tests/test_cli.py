@@ -458,6 +458,9 @@ class TestFolders:
     def test_a_plan_of_another_reward_does_not_come_to_lie_beside_a_policy(self, cli, here, refused):
         assert cli("train", "recipe.yaml").code == 0
         before = everything(here)
+        (here / "elsewhere").mkdir()
+        shutil.copy(here / "rewards.py", here / "elsewhere")
+        before = everything(here)
         message = refused("plan", "recipe.yaml", "--reward", "rewards.py:constant")
         assert (
             "out 'run' holds the policy of another run (not the same: reward); choose another folder, --out" in message
@@ -468,14 +471,40 @@ class TestFolders:
         assert everything(here) == before
         assert cli("plan", "recipe.yaml", "--beta", "0.5").code == 0
         assert numbers("run/recipe.json")["beta"] == 0.25, "it is the policy's"
+        for same in (
+            ["--reward", "./rewards.py:good"],
+            ["--reward", "elsewhere/rewards.py:good"],
+            ["--bounds", "-1", "1"],
+        ):
+            assert cli("plan", "recipe.yaml", *same).code == 0, same
         (here / "others.txt").write_text("one\ntwo\nthree\n")
         assert cli("plan", "recipe.yaml", "--prompts", "others.txt").code == 0
         said = " ".join(cli("report", "run").out.split())
         assert "certified yet" in said
-        assert (
-            "The plan and the training are of different runs (not the same: prompts)"
-            in (here / "run/report.html").read_text()
-        )
+        page = (here / "run/report.html").read_text()
+        assert "The plan and the training are of different prompts, whose frontiers need not be the same." in page
+        shutil.rmtree(here / "run" / "policy")  # as if training had been cut off
+        assert "(not the same: reward)" in refused("plan", "recipe.yaml", "--reward", "rewards.py:constant")
+
+    def test_a_folder_that_does_not_say_what_it_is_about(self, cli, here):
+        """An earlier version's: nothing is refused, and nothing is written over."""
+        assert cli("train", "recipe.yaml").code == 0
+        for file in (here / "run" / "recipe.json", here / "run" / "policy" / "tiltlm.json"):
+            values = numbers(file)
+            values.get("recipe", values).pop("about")
+            file.write_text(json.dumps(values))
+        before = (here / "run" / "recipe.json").read_bytes()
+        assert cli("plan", "recipe.yaml", "--reward", "rewards.py:constant").code == 0
+        assert (here / "run" / "recipe.json").read_bytes() == before
+        assert cli("plan", "recipe.yaml").code == 0
+        assert "something else" not in cli("certify", "recipe.yaml").err
+
+    def test_the_prior_alone_has_no_training_to_differ_from(self, cli, here):
+        assert cli("plan", "recipe.yaml").code == 0
+        assert cli("certify", "recipe.yaml", "--policy", "prior", "--reward", "rewards.py:constant").code == 0
+        said = " ".join(cli("report", "run").out.split())
+        assert "Training and certificate" not in said
+        assert "The plan and the certificate are of different runs (not the same: reward)" in said
 
     def test_what_came_together_in_a_folder_is_told_apart(self, cli, here):
         assert cli("plan", "recipe.yaml", "--reward", "rewards.py:constant").code == 0
@@ -497,7 +526,7 @@ class TestFolders:
         (here / "rewards.py").write_text(REWARDS.replace("% 8 / 8", "% 4 / 4"))
         ended = cli("train", "recipe.yaml", "--resume")
         assert ended.code == 0
-        assert "the reward (its code, its bounds or its settings) has changed since the run in run began" in ended.err
+        assert "the reward (its code or its settings) has changed since the run in run began" in ended.err
 
     def test_a_base_that_has_changed_is_told(self, cli, here, models):
         shutil.copytree(models / "chat", here / "base")
@@ -557,6 +586,10 @@ class TestGivenCompletions:
         assert numbers("run/policy/tiltlm.json")["beta"] is None
         message = refused("train", "given.yaml", "--engine", "dpo")
         assert "beta is missing in given.yaml; without a reward nothing can choose it" in message
+        write(here / "given.yaml", values | {"engine": "sft"})
+        flags = ["--reward", "rewards.py:good", "--prompts", "prompts.txt"]
+        assert "beta is missing; give --beta" in refused("certify", "given.yaml", *flags)
+        assert cli("plan", "given.yaml", *flags, "--beta", "1").code == 0, "training had no reward"
 
 
 class TestSample:
@@ -576,9 +609,9 @@ class TestSample:
         assert ended.code == 0
         found = numbers("s.json")
         assert all(len(row["completions"]) <= most for row in found["prompts"])
-        assert "no more of 32 draws were kept; for 40, raise --draws, or go on with another --seed" in " ".join(
-            ended.out.split()
-        )
+        more = "" if engine == "best-of-n" else "raise --draws, or "
+        said = f"no more of 32 draws were kept; for 40, {more}go on with another --seed"
+        assert said in " ".join(ended.out.split())
 
     def test_rejection_gives_as_many_as_it_accepted(self, cli, here):
         flags = ["--engine", "rejection", "--draws", "32", "--count", "64", "--json", "s.json"]

@@ -21,6 +21,7 @@ from tiltlm.report.canvas import write_figure
 from tiltlm.report.tasks import task_figure
 from tiltlm.rewards.scenes import Scene, Thing, read_scene, singular
 from tiltlm.testing import small_language
+from tiltlm.workflow import sampling
 
 REFERENCES = ["the cat sat on the mat", "a quiet story of two friends", "the film was good", "two dogs run in the park"]
 GOOD = ["the cat sat on a mat", "a quiet story of two old friends", "the film was very good", "two dogs run in a park"]
@@ -255,6 +256,20 @@ def test_kl_of_draws(rng):
     assert abs(cell.estimate.value - truth) < 4 * cell.estimate.stderr
     assert found.rows["prior"]["KL to prior"].estimate.value == 0
     assert found.seconds == {"prior": 1.5}
+
+
+def test_samples_are_as_they_are_and_weighted_draws_in_proportion(rng):
+    """`tiltlm sample`: what counts alike is given once; else a draw comes as often as its weight says."""
+    world = small_language()
+    scored = world.target.score(world.prior.draw(world.prompts, 4, rng))
+    log_w = torch.tensor([0.0, math.log(3), -math.inf, -math.inf], dtype=torch.float64)
+    (row,) = sampling.resampled(Weighted(scored, log_w), world.target.beta, 4000, rng)
+    texts = [completion["text"] for completion in row["completions"]]
+    assert len(texts) == 4000
+    if scored.draws.texts[0] != scored.draws.texts[1]:
+        assert texts.count(scored.draws.texts[1]) / 4000 == pytest.approx(0.75, abs=0.03)
+    (row,) = sampling.resampled(Weighted(scored, torch.zeros(4, dtype=torch.float64)), 1.0, 40, rng)
+    assert sorted(completion["text"] for completion in row["completions"]) == sorted(scored.draws.texts)
 
 
 def test_weighted_draws_are_resampled(rng):

@@ -277,11 +277,32 @@ def test_nothing_is_predicted_beyond_the_bounds():
     assert float(sample.unbiased(betas, "reward").max()) == 1.0
 
 
-def test_a_goal_beyond_the_bounds_is_refused(world):
-    with pytest.raises(
-        tl.InputError, match=r"reward_goal is 1.6, but with these draws the frontier goes from .* to 1\.\d+ reward"
-    ):
-        tl.plan(world.target, world.prompts, reward_goal=1.6, samples=64)
+def test_a_plan_knows_its_targets_bounds(world):
+    """A reward of 1 that hardly any draw has, at a beta that is not 1: table, goal and prompts keep to the same bounds."""
+    rare = world.prior * tl.Reward(
+        lambda completion_ids: [float(ids == [0, 1, 2, 0]) for ids in completion_ids], beta=0.5, bounds=(0, 1)
+    )
+    scored = rare.score(rare.prior.draw(world.prompts, 64, torch.Generator().manual_seed(0)))
+    free = PriorSample.of(scored, rare.beta)
+    assert float(free.unbiased(torch.logspace(-1, 0, 20, dtype=torch.float64), "reward").max()) > 1
+    plan = tl.plan(rare, world.prompts, beta=0.2, scored=scored)
+    assert all(point.reward.low >= 0 and point.reward.high <= 1 for point in plan.frontier)
+    assert all(prompt.reward.low >= 0 and prompt.reward.high <= 1 for prompt in plan.per_prompt)
+    top = max(point.reward.value for point in plan.frontier)
+    chosen = tl.plan(rare, world.prompts, reward_goal=0.9 * top, scored=scored).chosen
+    assert chosen.reward.value == pytest.approx(0.9 * top, rel=0.1)
+    with pytest.raises(tl.InputError, match="reward_goal is 1.1, but with these draws"):
+        tl.plan(rare, world.prompts, reward_goal=1.1, scored=scored)
+
+
+def test_a_prompt_at_its_bound_is_not_therefore_known():
+    """The value is clipped, and the error is what it was."""
+    rewards = tuple(torch.tensor([0.0] * zeros + [1.0], dtype=torch.float64) for zeros in (63, 40, 20))
+    sample, beta = PriorSample(rewards, ("a", "b", "c"), bounds=(0.0, 1.0)), torch.tensor([0.18], dtype=torch.float64)
+    (point,), (free,) = sample.points(beta), replace(sample, bounds=(-math.inf, math.inf)).points(beta)
+    assert free.reward.value > 1
+    assert point.reward.value - point.reward.low == pytest.approx(free.reward.value - free.reward.low)
+    assert point.reward.value == pytest.approx(float(sample.unbiased(beta, "reward").mean()))
 
 
 def test_the_kl_of_the_best_draw_is_that_of_one_of_n_however_small_beta():

@@ -319,6 +319,13 @@ def test_demonstrations_and_messages(chat):
     assert demonstrations(chat, rows).pairs is None
 
 
+def test_prompts_that_look_like_addresses_are_not_one(chat):
+    rows = [{"prompt": f"what is at 0x{n}f", "completion": " a"} for n in (1, 2)]
+    draws = demonstrations(chat, rows).draws
+    assert draws.prompts.texts == ("what is at 0x1f", "what is at 0x2f")
+    assert draws.prompt_index.tolist() == [0, 1]
+
+
 def test_the_chosen_completions_are_demonstrations(chat):
     texts = [{"prompt": "the film", "chosen": " good", "rejected": " bad", "source": "mine"}]
     draws = demonstrations(chat, texts).draws

@@ -51,6 +51,13 @@ class TestTable:
         assert "KL to prior" in by_name["policy"]
         assert "KL to prior" not in by_name["smc"]
         bounds = {o["method"]: o["kl_posterior"] for o in found["outcomes"]}
+        elbos = {o["method"]: o["elbo"] for o in found["outcomes"]}
+        first = {o["method"]: o for o in reversed(found["outcomes"])}
+        assert elbos["smc"] is elbos["lead-1"] is None
+        assert first["prior"]["elbo"] == pytest.approx(first["prior"]["reward"] / found["beta"], rel=1e-5)
+        ratios = json.loads((here / "run" / "task" / "policy-0.json").read_text())["log_ratios"]
+        moved = sum(map(sum, ratios)) / sum(map(len, ratios))
+        assert first["policy"]["elbo"] == pytest.approx(first["policy"]["reward"] / found["beta"] - moved, rel=1e-5)
         assert bounds["policy"]["low"] <= bounds["policy"]["high"]
         assert bounds["best-of-n"] is None
         assert found["baseline"] == "prior"

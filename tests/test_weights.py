@@ -19,6 +19,23 @@ def rows(prompt):
     return LOG_W[prompt == INDEX]
 
 
+def test_an_estimate_is_a_mean_with_what_its_values_tell_of_it():
+    found = Estimate.of(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64), "lower", each=5)
+    assert (found.value, found.n, found.kind, found.df) == (pytest.approx(7 / 3), 15, "lower", 2)
+    assert found.stderr == pytest.approx(math.sqrt(7 / 3) / math.sqrt(3))
+    assert found.margin == pytest.approx(4.302653 * found.stderr)
+    ruled_out = Estimate.of(torch.tensor([1.0, -math.inf], dtype=torch.float64))
+    assert (ruled_out.value, ruled_out.stderr) == (-math.inf, 0.0)
+
+
+def test_an_error_that_one_of_the_terms_does_not_know_is_not_known():
+    alone, known = Estimate.of(torch.tensor([1.0], dtype=torch.float64)), Estimate(2.0, 0.1, 4, df=3)
+    for found in (Estimate.mean([alone, known]), known.plus(alone)):
+        assert math.isnan(found.stderr)
+        assert math.isnan(found.margin)
+    assert Estimate.mean([alone, known]).value == 1.5
+
+
 def test_group_sums_do_not_overflow():
     got = weights.group_logsumexp(LOG_W, INDEX, 4)
     for prompt in (0, 1, 3):

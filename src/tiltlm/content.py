@@ -25,4 +25,5 @@ def content(value: Any) -> str:
         array = np.asarray(value)
         said = content(array.tolist()) if array.dtype.hasobject else hashlib.sha256(array.tobytes()).hexdigest()
         return f"{array.dtype}{array.shape}{said}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    said = repr(value)
+    return said if isinstance(value, str | bytes) else re.sub(r" at 0x[0-9a-f]+", "", said)

@@ -39,13 +39,13 @@ class Estimate:
 
     @staticmethod
     def of(values: Float[Tensor, " N"], kind: Kind = "point", each: int = 1) -> Estimate:
-        """The mean of at least two independent values; one that is -inf has no error, which no further value can change.
+        """The mean of independent values: of a single one without an error, of one that is -inf with none, as nothing can change it.
 
         Args:
             each: samples behind a value.
         """
         n = len(values)
-        stderr = float(values.std()) / math.sqrt(n) if values.isfinite().all() else 0.0
+        stderr = math.nan if n < 2 else float(values.std()) / math.sqrt(n) if values.isfinite().all() else 0.0
         return Estimate(float(values.mean()), stderr, n * each, kind, n - 1)
 
     @staticmethod
@@ -85,13 +85,15 @@ class Estimate:
 
 
 def error_of_sum(errors: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Standard error of a sum of independent terms, and its degrees of freedom (Satterthwaite 1946; Welch 1947).
+    """Standard error of a sum of independent terms, and its degrees of freedom (Satterthwaite 1946; Welch 1947); NaN if one is.
 
     Args:
         errors: of each term.
     """
     variances = [(stderr**2, df) for stderr, df in errors]
     total = sum(variance for variance, _ in variances)
+    if math.isnan(total):
+        return math.nan, math.inf
     inverse = sum(variance**2 / df for variance, df in variances if variance)
     return math.sqrt(total), total**2 / inverse if inverse else math.inf
 

@@ -166,8 +166,10 @@ def sample(
         if not row["completions"]:
             console.print(f"  none accepted in {draws} draws; raise --draws or beta", style="yellow")
         elif len(row["completions"]) < count:
-            less = f"  no more of {draws} draws were kept; for {count}, raise --draws, or go on with another --seed"
-            console.print(less, style="yellow")
+            more = "" if engine.endswith("best-of-n") else "raise --draws, or "  # of which more draws make another law
+            console.print(
+                f"  no more of {draws} draws were kept; for {count}, {more}go on with another --seed", style="yellow"
+            )
     log_z = [estimate.as_dict() for estimate in weighted.log_z] if weighted.log_z else None
     signs = {name: values.tolist() for name, values in weighted.diagnostics.items()}
     if signs:

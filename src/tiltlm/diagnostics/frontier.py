@@ -140,9 +140,15 @@ class PriorSample:
         found = torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
         return found if field == "kl" else found.clamp(*self.bounds)
 
-    def within(self, reward: Interval) -> Interval:
-        """A predicted reward, which the jackknife's correction may have carried past the bounds."""
-        return clipped(reward, *self.bounds)
+    def mean_reward(self, estimates: Sequence[tuple[float, float]]) -> Interval:
+        """Mean over prompts of predicted rewards, which the jackknife's correction may have carried past the bounds.
+
+        Each counts within the bounds, and its error as it was: a prompt at its bound is not therefore known.
+        """
+        low, high = self.bounds
+        free = over_prompts(estimates, self.n)
+        value = sum(min(max(one, low), high) for one, _ in estimates) / len(estimates)
+        return clipped(Interval(value, free.low + value - free.value, free.high + value - free.value), low, high)
 
     def point(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
@@ -161,9 +167,7 @@ class PriorSample:
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=self.within(
-                        over_prompts([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n)
-                    ),
+                    reward=self.mean_reward([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed]),
                     kl=clipped(
                         over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n), 0.0
                     ),
@@ -310,7 +314,7 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
         prompt=sample.names[prompt],
         n=n,
         prior_reward=float(reward.mean()),
-        reward=sample.within(own_interval(float(mean.reward), float(mean.reward_stderr), n)),
+        reward=replace(sample, rewards=(reward,)).mean_reward([(float(mean.reward), float(mean.reward_stderr))]),
         kl=clipped(own_interval(float(mean.kl), float(mean.kl_stderr), n), 0.0),
         log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
         ess=float(plain.ess[0]),

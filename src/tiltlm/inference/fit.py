@@ -198,7 +198,7 @@ class _Loop:
         if not len(scored):
             raise InputError("every completion of a step was dropped: the reward judged none; mend it, then --resume")
         require_finite(scored)
-        self.equal.look(fresh)
+        self.equal.look(batch.fresh)
         drawn = time.perf_counter()
         if hasattr(self.engine, "observe"):
             self.engine.observe(scored, self.state)  # pyright: ignore[reportAttributeAccessIssue]

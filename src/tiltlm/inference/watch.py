@@ -22,14 +22,17 @@ SAME = 5
 
 
 class EqualRewardsWatch:
-    """Says once, early in a run, that no completion was better than another: then no engine has anything to learn from."""
+    """Says once, early in a run, that no completion was better than another: then there is nothing to learn but to stay near the prior."""
 
     def __init__(self) -> None:
         self._seen, self._differed = 0, False
 
-    def look(self, scored: Scored) -> None:
-        """Look at a step's completions; only those of one prompt are compared, and unknown rewards say nothing."""
-        if self._differed or self._seen >= SAME:
+    def look(self, scored: Scored | None) -> None:
+        """Look at the policy's own completions in a step; of those of one prompt, since others do not compete.
+
+        Nothing is said of completions that somebody has chosen (None), nor where rewards are not known.
+        """
+        if scored is None or self._differed or self._seen >= SAME:
             return
         index, values = scored.draws.prompt_index, scored.log_evidence.double()
         groups = [values[index == prompt] for prompt in index.unique()]
@@ -38,8 +41,8 @@ class EqualRewardsWatch:
         self._seen += 1
         if self._seen == SAME and not self._differed:
             warnings.warn(
-                f"in {SAME} steps all completions of a prompt got the same reward, so that there was nothing to learn from; "
-                f"look at the reward, or draw more of a prompt (group)",
+                f"in {SAME} steps all completions of a prompt got the same reward, so that there was nothing to learn but to stay near "
+                f"the prior; look at the reward, or draw more of a prompt (group)",
                 TiltWarning,
                 stacklevel=2,
             )

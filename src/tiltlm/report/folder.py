@@ -37,6 +37,7 @@ class Run:
         certificate: `Certificate.as_dict()` of the trained policy.
         samples: one mapping a prompt, with the lists "prior", "posterior" and "policy".
         hacking: what `tiltlm certify` keeps of lengths, log-weights and the held-out reward.
+        trained: what the policy was trained on, as hashes; None where nothing was, or the folder does not say.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Run:
     certificate: Json | None = None
     samples: tuple[Json, ...] = ()
     hacking: Json | None = None
+    trained: Json | None = None
 
 
 def read_run(folder: Path) -> Run:
@@ -78,6 +80,7 @@ def read_what_is_there(folder: Path) -> Run:
         certificate=_read(folder / "certificate.json", CERTIFICATE_KEYS, "tiltlm certify"),
         samples=tuple((_read(folder / "samples.json", ("prompts",), "tiltlm certify") or {"prompts": ()})["prompts"]),
         hacking=_read(folder / "hacking.json", ("length", "draws", "heaviest"), "tiltlm certify"),
+        trained=trained_about(folder),
     )
 
 
@@ -119,9 +122,37 @@ def _read_metrics(path: Path) -> tuple[Json, ...]:
     return tuple(rows)
 
 
-def differing(one: Any, other: Any, kinds: Sequence[str] = ("prior", "prompts", "reward")) -> str:
-    """Which of `kinds` are not the same in what two files are about; "" where one of them does not say what it is about."""
-    return ", ".join(kind for kind in kinds if one and other and one.get(kind) != other.get(kind))
+def is_trained(folder: Path) -> bool:
+    """Whether training has begun in a folder."""
+    return (folder / "checkpoints").is_dir() or (folder / "policy").is_dir()
+
+
+def trained_about(folder: Path) -> Json | None:
+    """What was trained in a folder, also where training came to no end; None where nothing was, or an earlier version does not say."""
+    if (folder / "policy" / "tiltlm.json").is_file():
+        return policy_about(folder / "policy")
+    return _about(folder / "recipe.json") if is_trained(folder) else None
+
+
+def policy_about(policy: Path) -> Json | None:
+    """What a policy was trained on, if its folder says so."""
+    return _about(policy / "tiltlm.json", "recipe")
+
+
+def _about(file: Path, *within: str) -> Json | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for key in (*within, "about"):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None
+
+
+def differing(one: Json | None, other: Json | None, kinds: Sequence[str]) -> str:
+    """Which of `kinds` are not the same in what two files are about; "" where one of them does not say."""
+    one, other = one or {}, other or {}
+    return ", ".join(kind for kind in kinds if kind in one and kind in other and one[kind] != other[kind])
 
 
 def finite(value: Any) -> float | None:

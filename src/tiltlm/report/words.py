@@ -172,20 +172,19 @@ def _card(label: str, value: str, detail: str, accent: str = "") -> dict[str, st
 
 def mixed(run: Run) -> list[str]:
     """Sentences on files in the folder that are not of one run, because their prior, prompts or reward are not the same."""
-    trained, certified = run.recipe.get("about"), (run.certificate or {}).get("about")
-    off_plan = differing(run.plan.get("about"), certified or trained)
-    off_policy = differing(trained, certified, ("prior", "reward"))
+    certified, planned, run_of = (run.certificate or {}).get("about"), run.plan.get("about"), ("prior", "reward")
+    later = "certificate" if certified else "training"
     sentences = []
-    if off_plan:
-        later = "certificate" if certified else "training"
+    if off := differing(planned, certified or run.trained, run_of):
         sentences.append(
-            f"The plan and the {later} are of different runs (not the same: {off_plan}): what the plan predicts is not of this "
-            f"policy. Plan anew, in a folder of its own."
+            f"The plan and the {later} are of different runs (not the same: {off}): what the plan predicts is not of this policy. "
+            f"Plan anew, in a folder of its own."
         )
-    if off_policy:
+    elif differing(planned, certified or run.trained, ("prompts",)):
+        sentences.append(f"The plan and the {later} are of different prompts, whose frontiers need not be the same.")
+    if off := differing(run.trained, certified, run_of):
         sentences.append(
-            f"Training and certificate are of different runs (not the same: {off_policy}): the certificate says nothing of how "
-            f"training went."
+            f"Training and certificate are of different runs (not the same: {off}): the certificate says nothing of how training went."
         )
     return sentences
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiltlm.errors import InputError, TiltWarning
-from tiltlm.report.folder import differing
+from tiltlm.report.folder import differing, policy_about, trained_about
 
 if TYPE_CHECKING:
     from tiltlm.workflow.run import Run
@@ -28,21 +28,23 @@ def digest(*parts: Any) -> str:
 
 
 def about(run: Run, moment_codes: tuple[str, ...]) -> About:
-    """What a run is about. A reward counts with its code and its settings, at whatever temperature."""
+    """What a run is about.
+
+    A reward counts with its code and its settings, wherever its file is, at whatever temperature, and with whatever bounds. There
+    is none where none has a part in what is learned.
+    """
     r, prompts = run.recipe, run.prompts
-    uncertain = (r.uncertainty, r.uncertainty_options)
-    return {
+    found = {
         "prior": digest(run.prior.fingerprint(), repr(run.prior.law), r.chat),
         "prompts": digest(prompts.texts, prompts.fingerprint(), prompts.column_fingerprints()),
-        "reward": digest(r.reward, run.reward_code, r.bounds, r.on_error, uncertain, r.moments, moment_codes),
     }
-
-
-def begun(folder: Path) -> About | None:
-    """What was trained in a folder, also if it came to no end; None if nothing was, or an earlier version does not say."""
-    if not (folder / "checkpoints").is_dir() and not (folder / "policy").is_dir():
-        return None
-    return _about_of(folder / "recipe.json")
+    if r.imitates or (r.reward is None and not r.moments):
+        return found
+    name = r.reward.rpartition(":")[2] if isinstance(r.reward, str) and ":" in r.reward else ""
+    moments = [(moment.label, moment.mean) for moment in r.moments]
+    return found | {
+        "reward": digest(name, run.reward_code, r.uncertainty, r.uncertainty_options, moments, moment_codes)
+    }
 
 
 def refuse_others_policy(folder: Path, now: About) -> None:
@@ -51,7 +53,7 @@ def refuse_others_policy(folder: Path, now: About) -> None:
     Raises:
         InputError: naming what is different.
     """
-    other = differing(begun(folder), now, ("prior", "reward"))
+    other = differing(trained_about(folder), now, ("prior", "reward"))
     if other:
         raise InputError(
             f"out {str(folder)!r} holds the policy of another run (not the same: {other}); choose another folder, --out"
@@ -60,10 +62,10 @@ def refuse_others_policy(folder: Path, now: About) -> None:
 
 def say_if_mended(folder: Path, now: About) -> None:
     """Warn if the reward is not what the steps before were trained on; it may be mended between a crash and --resume."""
-    if "reward" in differing(begun(folder), now):
+    if differing(trained_about(folder), now, ("reward",)):
         warnings.warn(
-            f"the reward (its code, its bounds or its settings) has changed since the run in {folder} began: its earlier steps "
-            f"were trained on the earlier one; to train on this one alone, choose another folder, --out",
+            f"the reward (its code or its settings) has changed since the run in {folder} began: its earlier steps were trained "
+            f"on the earlier one; to train on this one alone, choose another folder, --out",
             TiltWarning,
             stacklevel=2,
         )
@@ -71,8 +73,7 @@ def say_if_mended(folder: Path, now: About) -> None:
 
 def say_if_of_another(policy: Path, now: About) -> None:
     """Warn if a policy was trained from another prior, or for another reward, than it is judged by now."""
-    trained = _about_of(policy / "tiltlm.json", "recipe")
-    other = differing(trained, now, ("prior", "reward"))
+    other = differing(policy_about(policy), now, ("prior", "reward"))
     if other:
         warnings.warn(
             f"the policy in {policy} was trained on something else than it is judged by now (not the same: {other}); the "
@@ -80,13 +81,3 @@ def say_if_of_another(policy: Path, now: About) -> None:
             TiltWarning,
             stacklevel=2,
         )
-
-
-def _about_of(file: Path, *within: str) -> About | None:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    for key in (*within, "about"):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values

@@ -114,9 +114,9 @@ def reward_of(
     if not source:
         raise InputError(f"{what} is an empty list; give at least one part")
     found = [_term(item, lm, load, (what, number)) for number, item in enumerate(source, 1)]
-    code = json.dumps([dict(item) for item in source], sort_keys=True, default=str) + "".join(
-        code for *_, code in found
-    )
+    settings = [{key: value for key, value in item.items() if key != "function"} for item in source]
+    names = [reward_name(str(item.get("function", ""))) for item in source]  # wherever their files are
+    code = json.dumps([settings, names], sort_keys=True, default=str) + "".join(code for *_, code in found)
     (weight, term, _), *rest = found
     single = not rest and weight == 1
     whole = term if single else Linear.of(*((weight, term) for weight, term, _ in found))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import Generator
@@ -45,6 +44,7 @@ class Outcome:
         reward: the mean of the target's reward over them; None for texts that no model drew.
         reward_stderr: its standard error, where the draws are a law's.
         log_ratios: log q - log pi0 of each completion, in nats; None where the method has no density.
+        elbo: log Z - KL(q || p*), nats; None likewise. What two methods differ by is by how much one is nearer to p*.
         kl_posterior: the certificate's interval (value, low, high) of KL(q || p*); None likewise.
         seconds: of training and of drawing.
     """
@@ -57,15 +57,7 @@ class Outcome:
     log_ratios: tuple[tuple[float, ...], ...] | None = None
     kl_posterior: tuple[float, float, float] | None = None
     seconds: float = 0.0
-
-    def elbo(self, beta: float) -> float | None:
-        """log Z - KL(q || p*), in nats, mean over prompts; None where the method has no density.
-
-        What two methods differ by is by how much one is nearer to p*.
-        """
-        if self.reward is None or self.log_ratios is None:
-            return None
-        return self.reward / beta - fmean(map(fmean, self.log_ratios))
+    elbo: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """All but the texts, for JSON."""
@@ -76,6 +68,7 @@ class Outcome:
             "method": self.method,
             "seed": self.seed,
             "reward": self.reward,
+            "elbo": self.elbo,
             "kl_posterior": bound,
             "seconds": self.seconds,
         }
@@ -120,6 +113,7 @@ class Bench:
             drawn.log_ratios[0] if drawn.log_ratios else None,
             (bound.value, bound.low, bound.high),
             seconds + time.perf_counter() - began,
+            certificate.elbo.value,
         )
 
     def most_probable(self, sampler: Any, seconds: float = 0.0) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -236,7 +237,7 @@ class Recipe(BaseModel):
     @classmethod
     def _numbers(cls, values: Any) -> Any:
         """True and false are numbers to Python, and not to whoever writes `beta: true`."""
-        for name, field in cls.model_fields.items():
+        for name, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
             if isinstance(values.get(name), bool) and bool not in (field.annotation, *get_args(field.annotation)):
                 raise ValueError(f"{name} is {str(values[name]).lower()}, which it cannot be ({field.description})")
         return values

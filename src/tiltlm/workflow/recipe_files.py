@@ -67,12 +67,13 @@ def _validated(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
 class _Once(yaml.SafeLoader):
     """YAML in which a key that is there twice is a mistake, and not the last one's."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         keys = [str(key.value) for key, _ in node.value]
-        twice = next((key for key in keys if key != "<<" and keys.count(key) > 1), None)
+        twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise yaml.YAMLError(f"{twice!r} is there twice in line {node.start_mark.line + 1} and after")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _yaml(file: Path) -> dict[str, Any]:

@@ -45,16 +45,28 @@ def tasks_of(files: Sequence[str], label_smoothing: float) -> dict[str, Task]:
 
 
 def train_from_files(
-    files: Sequence[str], out: Path, model: str, settings: Mapping[str, Any], progress: Progress
+    files: Sequence[str],
+    out: Path,
+    model: str,
+    settings: Mapping[str, Any],
+    progress: Progress,
+    *,
+    replace: bool = False,
 ) -> RewardModel:
     """Train a reward model and save it.
 
     Args:
         settings: of `load_trunk` (max_tokens, pooling, dtype, device), of `Tuning`, and of `train_reward_model`.
+        replace: a model that is in the folder already may go.
+
+    Raises:
+        InputError: if there is one and it may not.
     """
     require_writable_folder(out)
-    if not settings["resume"] and (out / MODEL_FILE).is_file():
-        raise InputError(f"out {str(out)!r} holds a reward model already; choose another folder, --out")
+    if not (settings["resume"] or replace) and (out / MODEL_FILE).is_file():
+        raise InputError(
+            f"out {str(out)!r} holds a reward model already; choose another folder, --out, or --replace it"
+        )
     left = dict(settings)
     tasks = tasks_of(files, left.pop("label_smoothing"))
     adaptation = adaptation_of(left.pop("lora_r"), left.pop("unfreeze"))

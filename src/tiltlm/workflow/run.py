@@ -32,9 +32,10 @@ from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
 from tiltlm.records import Draws, Prompts, Scored, Weighted
 from tiltlm.report.card import model_card
+from tiltlm.report.folder import is_trained
 from tiltlm.store import load_scored, save_scored
 from tiltlm.target import Target
-from tiltlm.workflow.about import About, about, begun, digest, refuse_others_policy, say_if_mended, say_if_of_another
+from tiltlm.workflow.about import About, about, digest, refuse_others_policy, say_if_mended, say_if_of_another
 from tiltlm.workflow.files import require_writable_folder, unwritable, write_json, write_text
 from tiltlm.workflow.generators import generator_of
 from tiltlm.workflow.inputs import read_completions, read_prompts, reward_name, reward_of
@@ -201,7 +202,7 @@ class Run:
         require_writable_folder(folder)
         refuse_others_policy(folder, self.about)
         found = self._planned
-        if begun(folder) is None:  # else it is the policy's
+        if not is_trained(folder):  # else it is the policy's
             self._write_recipe()
         self._write_plan()
         return found
@@ -231,8 +232,6 @@ class Run:
         if r.moments:  # alone: evidence in nats
             return 1.0
         if not r.has_temperature:
-            if r.imitates:  # nothing depends on it
-                return 1.0
             raise InputError("beta is missing; give --beta, or --kl-budget or --reward-goal to have it chosen")
         chosen = self._planned.chosen
         assert chosen is not None
@@ -279,7 +278,8 @@ class Run:
         require_writable_folder(r.folder)
         if not resume:
             refuse_earlier(r.folder)
-        beta = self.chosen_beta()
+        learns_only = r.imitates and not r.has_temperature and not r.certify_every
+        beta = 1.0 if learns_only else self.chosen_beta()  # what is learned does not depend on it
         if resume:
             say_if_mended(r.folder, self.about)
         else:

@@ -286,6 +286,6 @@ def certificates(outcomes: Sequence[Outcome], beta: float) -> Table:
         bound = found.kl_posterior
         high = "" if bound is None else "∞" if math.isinf(bound[2]) else f"{bound[2]:.2f}"
         shown = "–" if bound is None else f"[{bound[1]:.2f}, {high}]"
-        reward, elbo = ("–" if value is None else f"{value:.3f}" for value in (found.reward, found.elbo(beta)))
+        reward, elbo = ("–" if value is None else f"{value:.3f}" for value in (found.reward, found.elbo))
         table.add_row(found.method, str(found.seed), reward, elbo, escape(shown))
     return table

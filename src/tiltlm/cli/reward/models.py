@@ -47,6 +47,7 @@ def fit(
     device: Annotated[str, typer.Option(help="where it runs")] = "auto",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="go on with what is in the folder")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="in place of the model that is in the folder")] = False,
     json_file: Json = None,
 ) -> None:
     """Learn a reward; the folder then serves as one: --reward runs/reward-model."""
@@ -60,7 +61,7 @@ def fit(
     steps_of = {"steps": steps, "batch": batch, "lr": lr, "label_smoothing": label_smoothing}
     settings = {**learning, **trunk, **steps_of, "dtype": dtype, "device": device}
     with draw_bars(stderr) as bars:
-        found = train_from_files(data, out, model, settings, bars.bar)
+        found = train_from_files(data, out, model, settings, bars.bar, replace=replace)
     heads = {
         name: {"kind": head.kind, "classes": head.classes, "precision": [part.precision for part in head.parts]}
         for name, head in found.heads.items()
