@@ -227,7 +227,7 @@ def test_each_runs(cli, tmp_path, name):
     assert ended.code == 0, ended.err
     found = json.loads((tmp_path / "t.json").read_text())
     assert [system["name"] for system in found["systems"]] == ["prior", "policy"]
-    assert (tmp_path / name / "task.html").stat().st_size > 1000
+    assert (tmp_path / f"{name}-quick" / "task.html").stat().st_size > 1000
 
 
 class TestTemplates:

@@ -78,7 +78,10 @@ def task(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="seeds of each method; 1, with --table 3")] = None,
     draws: Annotated[int, typer.Option(min=2, help="completions of each test prompt")] = 8,
-    quick: Annotated[bool, typer.Option("--quick", help="half a minute, to see that everything runs")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="half a minute, to see that everything runs; in a folder of its own, OUT-quick"),
+    ] = False,
     show: Annotated[bool, typer.Option("--show", help="print the recipe and stop")] = False,
     json_file: Json = None,
 ) -> None:
