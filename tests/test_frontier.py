@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import tiltlm as tl
-from tiltlm.diagnostics.frontier import PriorSample, best_of_n, clipped
+from tiltlm.diagnostics.frontier import PriorSample, best_of_n
+from tiltlm.diagnostics.predictions import clipped
 from tiltlm.diagnostics.tilt import tilt, tilt_jackknife
 from tiltlm.estimates import Interval
 from tiltlm.posterior import exact as ex

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from tiltlm.diagnostics.degeneracy import cut_short
 from tiltlm.diagnostics.gold import GoldFrontier, gold_frontier
-from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, over_prompts, own_interval
+from tiltlm.diagnostics.predictions import BestOfNPoint, FrontierPoint, PromptPlan, clipped, over_prompts, own_interval
 from tiltlm.diagnostics.tilt import Tilted, best_of_n_kl, best_of_n_shares, tilt, tilt_jackknife
 from tiltlm.errors import InputError
 from tiltlm.estimates import Estimate, Interval
@@ -112,14 +112,13 @@ class PriorSample:
     @classmethod
     def of(cls, scored: Scored, beta: float, log_bounds: tuple[float, float] | None = None) -> PriorSample:
         """Of draws scored at `beta`; `log_bounds` are the evidence's, at the same temperature."""
-        low, high = (beta * bound for bound in log_bounds or (-math.inf, math.inf))
         index, reward = scored.draws.prompt_index, beta * scored.log_evidence.double()
         texts = scored.draws.prompts.texts
         drawn = [p for p in range(len(texts)) if (index == p).any()]
         used = [p for p in drawn if enough_possible(reward[index == p])]
         names = [shown(t) for t in texts]
         rewards = tuple(reward[index == p] for p in used)
-        return cls(rewards, tuple(names[p] for p in used), len(drawn) - len(used), (low, high))
+        return cls(rewards, tuple(names[p] for p in used), len(drawn) - len(used), bounds_at(beta, log_bounds))
 
     @property
     def spread(self) -> float:
@@ -140,16 +139,6 @@ class PriorSample:
         found = torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
         return found if field == "kl" else found.clamp(*self.bounds)
 
-    def mean_reward(self, estimates: Sequence[tuple[float, float]]) -> Interval:
-        """Mean over prompts of predicted rewards, which the jackknife's correction may have carried past the bounds.
-
-        Each counts within the bounds, and its error as it was: a prompt at its bound is not therefore known.
-        """
-        low, high = self.bounds
-        free = over_prompts(estimates, self.n)
-        value = sum(min(max(one, low), high) for one, _ in estimates) / len(estimates)
-        return clipped(Interval(value, free.low + value - free.value, free.high + value - free.value), low, high)
-
     def point(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
         return self.points(torch.tensor([beta], dtype=torch.float64))[0]
@@ -167,7 +156,9 @@ class PriorSample:
             points.append(
                 FrontierPoint(
                     beta=beta,
-                    reward=self.mean_reward([(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed]),
+                    reward=over_prompts(
+                        [(float(j.reward[g]), float(j.reward_stderr[g])) for j in jackknifed], self.n, self.bounds
+                    ),
                     kl=clipped(
                         over_prompts([(float(j.kl[g]), float(j.kl_stderr[g])) for j in jackknifed], self.n), 0.0
                     ),
@@ -181,15 +172,14 @@ class PriorSample:
         return points
 
 
+def bounds_at(beta: float, log_bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Smallest and largest reward that evidence at a temperature can have; infinite where it does not know."""
+    return (-math.inf, math.inf) if log_bounds is None else (beta * log_bounds[0], beta * log_bounds[1])
+
+
 def enough_possible(reward: Float[Tensor, " n"]) -> bool:
     """Whether the rewards that are not -inf suffice for a prediction: two, so that each can be left out in turn."""
     return int((reward > -torch.inf).sum()) >= 2
-
-
-def clipped(interval: Interval, low: float, high: float = math.inf) -> Interval:
-    """An interval of what is nowhere below `low` (0 for a KL divergence) or above `high`; what is not known stays NaN."""
-    ends = {name: getattr(interval, name) for name in ("value", "low", "high")}
-    return replace(interval, **{name: low if end < low else high if end > high else end for name, end in ends.items()})
 
 
 def best_of_n(reward: Float[Tensor, " N"], n: int) -> tuple[float, float]:
@@ -271,7 +261,8 @@ def plan(
 def _gold(scored: Scored, beta: float, gold: Gold, frontier: Sequence[FrontierPoint]) -> GoldFrontier:
     held_out = as_gold(gold)
     values, judged = gold_values(held_out, scored.draws)
-    return gold_frontier(scored.select(judged), beta, values[judged], frontier, gold_name(held_out))
+    bounds = bounds_at(held_out.beta, held_out.log_bounds)
+    return gold_frontier(scored.select(judged), beta, values[judged], frontier, gold_name(held_out), bounds)
 
 
 def _grid(sample: PriorSample, beta: float) -> Float[Tensor, " G"]:
@@ -314,7 +305,7 @@ def _prompt_plan(sample: PriorSample, prompt: int, beta: float) -> PromptPlan:
         prompt=sample.names[prompt],
         n=n,
         prior_reward=float(reward.mean()),
-        reward=replace(sample, rewards=(reward,)).mean_reward([(float(mean.reward), float(mean.reward_stderr))]),
+        reward=over_prompts([(float(mean.reward), float(mean.reward_stderr))], n, sample.bounds),
         kl=clipped(own_interval(float(mean.kl), float(mean.kl_stderr), n), 0.0),
         log_z=Estimate(float(plain.log_z[0]), math.sqrt(max(0.0, relative) / n), n, "lower"),
         ess=float(plain.ess[0]),

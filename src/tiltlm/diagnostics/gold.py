@@ -114,7 +114,12 @@ class GoldFrontier:
 
 
 def gold_frontier(
-    scored: Scored, beta: float, gold: Float[Tensor, " B"], frontier: Sequence[FrontierPoint], name: str
+    scored: Scored,
+    beta: float,
+    gold: Float[Tensor, " B"],
+    frontier: Sequence[FrontierPoint],
+    name: str,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> GoldFrontier:
     """Predict the held-out reward at the frontier's temperatures.
 
@@ -122,6 +127,7 @@ def gold_frontier(
         scored: prior draws, scored at `beta`.
         gold: the held-out reward of each of them.
         frontier: the plan's points, from the largest beta to the smallest.
+        bounds: smallest and largest gold, where that is known.
 
     Raises:
         InputError: if no prompt has two draws that can be judged.
@@ -137,12 +143,16 @@ def gold_frontier(
     tilted = [tilt_mean(reward[row], gold[row], betas) for row in rows]
     fewest = min(int(row.sum()) for row in rows)
 
-    def interval(field: str, at: int) -> Interval:
-        pairs = [(float(getattr(t, field)[at]), float(getattr(t, f"{field}_stderr")[at])) for t in tilted]
-        return over_prompts(pairs, fewest)
-
     points = tuple(
-        GoldPoint(p.beta, interval("mean", i), interval("slope", i), p.reward, p.kl, p.ess, p.reliable)
+        GoldPoint(
+            p.beta,
+            over_prompts([(float(t.mean[i]), float(t.mean_stderr[i])) for t in tilted], fewest, bounds),
+            over_prompts([(float(t.slope[i]), float(t.slope_stderr[i])) for t in tilted], fewest),
+            p.reward,
+            p.kl,
+            p.ess,
+            p.reliable,
+        )
         for i, p in enumerate(frontier)
     )
     own = [(float(gold[row].mean()), float(gold[row].std()) / math.sqrt(int(row.sum()))) for row in rows]

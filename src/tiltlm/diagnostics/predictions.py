@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,19 +96,32 @@ class PromptPlan:
         }
 
 
-def over_prompts(estimates: Sequence[tuple[float, float]], n: int) -> Interval:
+def clipped(interval: Interval, low: float, high: float = math.inf) -> Interval:
+    """An interval of what is nowhere below `low` (0 for a KL divergence) or above `high`; what is not known stays NaN."""
+    ends = {name: getattr(interval, name) for name in ("value", "low", "high")}
+    return replace(interval, **{name: low if end < low else high if end > high else end for name, end in ends.items()})
+
+
+def over_prompts(
+    estimates: Sequence[tuple[float, float]], n: int, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
     """95% interval of a mean, for prompts like these: Student's t over prompts, whose estimates carry their own noise.
 
     Jackknifed estimates are nearly unbiased, so the spread between prompts holds both sources of error. (A percentile
     bootstrap over prompts covers too rarely at 8 to 16 prompts, one over prompts and draws too often; see LAB.md.) With a
     single prompt, by its own standard error.
+
+    Args:
+        bounds: of the quantity. The jackknife's correction may carry an estimate past them: it then counts as the bound, and its
+            error as it was, because a prompt at its bound is not therefore known.
     """
     if any(value == -math.inf for value, _ in estimates):
         return Interval(-math.inf, -math.inf, -math.inf)  # impossible draws: for certain
-    if len(estimates) == 1:
-        return own_interval(*estimates[0], n)
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
-    return own_interval(float(values.mean()), float(values.std()) / math.sqrt(len(values)), len(values))
+    within = float(values.clamp(*bounds).mean())
+    if len(values) == 1:
+        return clipped(own_interval(within, estimates[0][1], n), *bounds)
+    return clipped(own_interval(within, float(values.std()) / math.sqrt(len(values)), len(values)), *bounds)
 
 
 def own_interval(value: float, stderr: float, n: int) -> Interval:
