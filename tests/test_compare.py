@@ -164,7 +164,7 @@ class TestCompare:
         assert prior.from_posterior.width < 0.3
         assert prior.reward.value == pytest.approx(exact.mean_reward(exact.log_prior), abs=5 * prior.reward.stderr)
 
-    def test_the_picture_ranks_by_the_elbo(self, race):
+    def test_the_picture_ranks_by_the_elbo(self, race, tmp_path):
         """Of two samplers the farther one may have the lower interval: its draws bound log Z the looser."""
         _, found, _ = race
         plain = json.loads(json.dumps(found.as_dict()))
@@ -172,6 +172,8 @@ class TestCompare:
         kept["prior"]["to_posterior"] = {"value": 0.01, "low": 0.0, "high": None, "level": 0.95}
         figure = distance_figure({**plain, "results": list(kept.values())})
         assert [trace.y[0] for trace in figure.data] == ["prior", "rloo", "rejection"]
+        page = write_comparison([{**plain, "exact": False}], tmp_path / "compare.html").read_text()
+        assert "is the difference of their ELBOs" in page
 
     def test_the_forward_kls_interval_covers(self, monkeypatch):
         """A few exact samples a prompt, unequally many: the errors of both means are in it."""
