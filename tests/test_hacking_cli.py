@@ -141,7 +141,7 @@ class TestGold:
         texts = ["a good film", "no"]
         assert run.gold is not None
         values = run.gold.fn(completions=texts)
-        good = run._reward_function(completions=texts)
+        good = run.reward_function(completions=texts)
         assert list(values) == [len(text) - 2 * value for text, value in zip(texts, good, strict=True)]
 
 

@@ -606,7 +606,7 @@ class TestUncertaintyInARecipe:
     @pytest.mark.parametrize("name", [name_of(kind) for kind in KINDS])
     def test_it_is_the_evidence_that_python_makes(self, learned, name):
         run, target = self.target(uncertainty=name, uncertainty_options={"members": 8})
-        members = tl.Members(run._reward_function.functions(8))
+        members = tl.Members(run.reward_function.functions(8))
         centred = tl.PriorRewards.of(members, run._drawn)
         kind = next(kind for kind in KINDS if name_of(kind) == name)
         expected = kind(centred, 0.25).log_likelihood(run._drawn).log

@@ -152,12 +152,13 @@ def sample(
 ) -> None:
     """Draw from the posterior now, without training."""
     from tiltlm.records import shown
+    from tiltlm.workflow import sampling
 
     require_writable(json_file)
     settings = pairs("option", option or [])
     with _draw_bars() as bars:
         ways = {"twist": twist, "masked_lm": masked_lm, "options": settings}
-        weighted, rows = _run(recipe, bars).sample(engine, draws, count, proposal, **ways)
+        weighted, rows = sampling.sample(_run(recipe, bars), engine, draws, count, proposal, **ways)
     for row in rows:
         say(shown(row["prompt"]), style="bold")
         for completion in row["completions"]:

@@ -22,15 +22,14 @@ from tiltlm.evidence.moments import Moment
 from tiltlm.evidence.preferences import Preferences
 from tiltlm.evidence.reward import Reward
 from tiltlm.evidence.running.calls import TextFunction
-from tiltlm.inference.catalogue import decoding_engines, make_engine, make_trainer
+from tiltlm.inference.catalogue import make_trainer
 from tiltlm.inference.checkpoint import refuse_earlier
-from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.fit import fit
 from tiltlm.inference.monitor import Monitor
 from tiltlm.lm.given import demonstrations, preferences
 from tiltlm.lm.load import LanguageModel, load
 from tiltlm.lm.view import ModelPrior
-from tiltlm.records import Draws, Prompts, Scored, Weighted
+from tiltlm.records import Draws, Prompts, Scored
 from tiltlm.report.card import model_card
 from tiltlm.report.folder import is_trained
 from tiltlm.store import load_scored, save_scored
@@ -45,7 +44,6 @@ from tiltlm.workflow.recipe import Recipe, with_versions
 from tiltlm.workflow.references import parts_of, require_references
 from tiltlm.workflow.rewards import FunctionLoader
 from tiltlm.workflow.samples import side_by_side, signs_of_hacking
-from tiltlm.workflow.sampling import edited, resampled, twisted
 from tiltlm.workflow.sources import source_of, teacher_of
 from tiltlm.workflow.start import model_of
 from tiltlm.workflow.templates import templated
@@ -116,7 +114,7 @@ class Run:
         return "" if self._reward is None else self._reward[1]
 
     @cached_property
-    def _reward_function(self) -> TextFunction:
+    def reward_function(self) -> TextFunction:
         """The reward with the recipe's model in the parts that need it."""
         assert self.recipe.reward is not None
         return reward_of(self.recipe.reward, self.lm, self._load)[0]
@@ -174,7 +172,7 @@ class Run:
     def _uncertain(self) -> Any:
         """The evidence of a learned reward with its uncertainty."""
         key = self._key(self.recipe.seed, self.reward_code, self.recipe.uncertainty_options)
-        return uncertain_evidence(self.recipe, self._reward_function, self.prompts, lambda: self._drawn, key)
+        return uncertain_evidence(self.recipe, self.reward_function, self.prompts, lambda: self._drawn, key)
 
     def target(self, beta: float) -> Target:
         """The target at a temperature. Moments are matched at the recipe's own, where their weights are in nats."""
@@ -190,7 +188,7 @@ class Run:
             return self.prior * Preferences(beta)
         if r.uncertainty is not None:
             return self.prior * self._uncertain.at(beta)
-        function, name = self._reward_function, reward_name(r.reward)
+        function, name = self.reward_function, reward_name(r.reward)
         return self.prior * Reward(function, beta=beta, bounds=r.bounds, name=name, on_error=r.on_error)
 
     # --- plan ---
@@ -249,7 +247,7 @@ class Run:
     @cached_property
     def _drawn(self) -> Draws:
         r = self.recipe
-        drawing = self._reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
+        drawing = self.reporting(self.prior, "prior draws", len(self.prompts) * r.samples)
         return drawing.draw(self.prompts, r.samples, Generator().manual_seed(r.seed))
 
     def _draws_key(self) -> str:
@@ -341,7 +339,7 @@ class Run:
             say_if_of_another(folder, self.about)
         prior_draws = self._prior_draws(beta)
         certificate = certify(
-            self._reporting(sampler, "policy draws", len(self.prompts) * r.samples),
+            self.reporting(sampler, "policy draws", len(self.prompts) * r.samples),
             target,
             self.prompts,
             samples=r.samples,
@@ -370,44 +368,6 @@ class Run:
         self._write("samples.json", {"prompts": rows})
         self._write("hacking.json", signs_of_hacking(target, certificate, prior_draws, self.gold))
 
-    # --- sample ---
-
-    def sample(
-        self,
-        engine: str,
-        draws: int,
-        count: int,
-        proposal: str | None,
-        *,
-        twist: str | None = None,
-        masked_lm: str | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> tuple[Weighted, list[dict[str, Any]]]:
-        """Posterior samples without training: `count` completions a prompt, resampled from the engine's weights.
-
-        Args:
-            twist: for SMC, a critic's folder, or "prefix" where the reward makes sense of unfinished completions.
-            masked_lm: for MCMC, a masked language model that edits completions in the middle.
-            options: the engine's own settings.
-
-        Raises:
-            InputError: for an engine that is not there, or one that cannot serve this target.
-        """
-        self.check()
-        decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
-        if twist is not None:
-            reward = None if self.recipe.reward is None else lambda: self._reward_function
-            decoder = twisted(decoder, twist, reward, lambda folder: self.prior.critic(start=folder))
-        if masked_lm is not None:
-            decoder = edited(decoder, masked_lm, self.prior)
-        target = self.target(self.chosen_beta())
-        sampler = self._reporting(self.sampler(proposal or "prior"), "proposals", len(self.prompts) * draws)
-        if proposal is None:
-            target, sampler = replace(target, prior=sampler), None
-        weighted = decoder.sample(target, self.prompts, proposal=sampler, rng=Generator().manual_seed(self.recipe.seed))
-        rows = resampled(weighted, target.beta, count, Generator().manual_seed(self.recipe.seed + 1))
-        return weighted, rows
-
     # --- files ---
 
     @cached_property
@@ -425,7 +385,8 @@ class Run:
     def _write_plan(self) -> None:
         self._write("plan.json", {**self._planned.as_dict(), "about": self.about})
 
-    def _reporting(self, sampler: Any, what: str, count: int) -> Any:
+    def reporting(self, sampler: Any, what: str, count: int) -> Any:
+        """A sampler with a bar for `count` completions, where there are bars."""
         return sampler if self.progress is None else replace(sampler, progress=self.progress(what, count))
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:

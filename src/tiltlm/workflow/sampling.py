@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator
@@ -13,14 +13,57 @@ from torch import Generator
 from tiltlm.errors import InputError, TiltWarning
 from tiltlm.evidence.parts import named_parts
 from tiltlm.evidence.running.calls import TextFunction
+from tiltlm.inference.catalogue import decoding_engines, make_engine
+from tiltlm.inference.decoding.budget import within
 from tiltlm.inference.decoding.kernels import masked_edits
 from tiltlm.inference.decoding.smc import prefix_evidence
 from tiltlm.lm.view import ModelPrior
 from tiltlm.records import Weighted
 from tiltlm.weights import resample
 
+if TYPE_CHECKING:
+    from tiltlm.workflow.run import Run
+
 PREFIX = "prefix"
 """The twist that judges unfinished completions by the reward itself."""
+
+
+def sample(
+    run: Run,
+    engine: str,
+    draws: int,
+    count: int,
+    proposal: str | None = None,
+    *,
+    twist: str | None = None,
+    masked_lm: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Weighted, list[dict[str, Any]]]:
+    """Posterior samples without training: `count` completions a prompt, resampled from the engine's weights.
+
+    Args:
+        draws: proposals a prompt.
+        proposal: an adapter or model to draw from instead of the prior.
+        twist: for SMC, a critic's folder, or "prefix" where the reward makes sense of unfinished completions.
+        masked_lm: for MCMC, a masked language model that edits completions in the middle.
+        options: the engine's own settings.
+
+    Raises:
+        InputError: for an engine that is not there, or one that cannot serve this target.
+    """
+    run.check()
+    decoder = within(make_engine(decoding_engines(), engine, dict(options or {})), draws)
+    if twist is not None:
+        reward = None if run.recipe.reward is None else lambda: run.reward_function
+        decoder = twisted(decoder, twist, reward, lambda folder: run.prior.critic(start=folder))
+    if masked_lm is not None:
+        decoder = edited(decoder, masked_lm, run.prior)
+    target, seed = run.target(run.chosen_beta()), run.recipe.seed
+    sampler = run.reporting(run.sampler(proposal or "prior"), "proposals", len(run.prompts) * draws)
+    if proposal is None:
+        target, sampler = replace(target, prior=sampler), None
+    weighted = decoder.sample(target, run.prompts, proposal=sampler, rng=Generator().manual_seed(seed))
+    return weighted, resampled(weighted, target.beta, count, Generator().manual_seed(seed + 1))
 
 
 def twisted(decoder: Any, twist: str, reward: Callable[[], TextFunction] | None, critic: Callable[[str], Any]) -> Any:
