@@ -275,7 +275,6 @@ def test_nothing_is_predicted_beyond_the_bounds():
     assert max(reward.value for reward in free) > 1.01
     for point in sample.points(betas):
         assert 0 <= point.reward.low <= point.reward.value <= point.reward.high <= 1
-    assert float(sample.unbiased(betas, "reward").max()) == 1.0
 
 
 def test_a_plan_knows_its_targets_bounds(world):
@@ -296,14 +295,30 @@ def test_a_plan_knows_its_targets_bounds(world):
         tl.plan(rare, world.prompts, reward_goal=1.1, scored=scored)
 
 
-def test_a_prompt_at_its_bound_is_not_therefore_known():
+def test_bounds_do_not_bias_the_mean(world):
+    """A success that few prompts have in their draws: to clip each prompt's estimate would cost 0.17 of 0.78, and the coverage."""
+    rare = world.prior * tl.Reward(
+        lambda completion_ids: [float(i[:3] == [0, 1, 2]) for i in completion_ids], beta=0.5, bounds=(0, 1)
+    )
+    every = [ex.posterior(rare, world.prompts, p) for p in range(len(world.prompts))]
+    truth = sum(exact_point(exact, 0.18)[0] for exact in every) / len(every)
+    rng, beta, found = torch.Generator().manual_seed(3), torch.tensor([0.18], dtype=torch.float64), []
+    for _ in range(60):
+        prompts = world.prompts.select(torch.randint(len(every), (PROMPTS,), generator=rng).tolist())
+        scored = rare.score(rare.prior.draw(prompts, SAMPLES, rng))
+        found += PriorSample.of(scored, rare.beta, rare.evidence.log_bounds).points(beta)
+    assert sum(point.reward.value for point in found) / len(found) == pytest.approx(truth, abs=0.11)
+    assert sum(truth in point.reward for point in found) >= 0.88 * len(found)
+
+
+def test_a_mean_at_its_bound_is_not_therefore_known():
     """The value is clipped, and the error is what it was."""
     rewards = tuple(torch.tensor([0.0] * zeros + [1.0], dtype=torch.float64) for zeros in (63, 40, 20))
     sample, beta = PriorSample(rewards, ("a", "b", "c"), bounds=(0.0, 1.0)), torch.tensor([0.18], dtype=torch.float64)
     (point,), (free,) = sample.points(beta), replace(sample, bounds=(-math.inf, math.inf)).points(beta)
     assert free.reward.value > 1
     assert point.reward.value - point.reward.low == pytest.approx(free.reward.value - free.reward.low)
-    assert point.reward.value == pytest.approx(float(sample.unbiased(beta, "reward").mean()))
+    assert point.reward.value == 1.0
 
 
 def test_the_kl_of_the_best_draw_is_that_of_one_of_n_however_small_beta():

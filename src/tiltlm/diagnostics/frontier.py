@@ -136,8 +136,7 @@ class PriorSample:
 
     def unbiased(self, betas: Float[Tensor, " G"], field: Literal["reward", "kl"]) -> Float[Tensor, "P G"]:
         """Jackknifed estimates of every prompt."""
-        found = torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
-        return found if field == "kl" else found.clamp(*self.bounds)
+        return torch.stack([getattr(tilt_jackknife(r, betas), field) for r in self.rewards])
 
     def point(self, beta: float) -> FrontierPoint:
         """The prediction at one beta."""
@@ -280,6 +279,8 @@ def _solve(sample: PriorSample, goal: float, field: Literal["reward", "kl"], nam
     spread = sample.spread
     betas = torch.logspace(math.log10(spread * 1e3), math.log10(spread / 30), 400, dtype=torch.float64)
     values = sample.unbiased(betas, field).mean(0)
+    if field == "reward":
+        values = values.clamp(*sample.bounds)
     low, high = float(values[0]), float(values.max())
     if not low <= goal <= high:
         raise InputError(

@@ -112,16 +112,17 @@ def over_prompts(
     single prompt, by its own standard error.
 
     Args:
-        bounds: of the quantity. The jackknife's correction may carry an estimate past them: it then counts as the bound, and its
-            error as it was, because a prompt at its bound is not therefore known.
+        bounds: of the quantity. The jackknife's correction may carry the mean past them: it is then the bound, and its error as
+            it was, because a mean at its bound is not therefore known. A single prompt's estimate may be past them; to clip each
+            would bias the mean (LAB.md).
     """
     if any(value == -math.inf for value, _ in estimates):
         return Interval(-math.inf, -math.inf, -math.inf)  # impossible draws: for certain
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
-    within = float(values.clamp(*bounds).mean())
+    mean = float(values.mean().clamp(*bounds))
     if len(values) == 1:
-        return clipped(own_interval(within, estimates[0][1], n), *bounds)
-    return clipped(own_interval(within, float(values.std()) / math.sqrt(len(values)), len(values)), *bounds)
+        return clipped(own_interval(mean, estimates[0][1], n), *bounds)
+    return clipped(own_interval(mean, float(values.std()) / math.sqrt(len(values)), len(values)), *bounds)
 
 
 def own_interval(value: float, stderr: float, n: int) -> Interval:
