@@ -191,6 +191,13 @@ def test_a_stop_string_may_begin_with_a_space_that_the_completion_begins_with(sp
     assert not prior.ends([yes, yes])
 
 
+def test_an_encoder_decoders_completion_begins_with_no_space_for_stop_strings_either(spaced):
+    lm = load(text_model("t5", vocab=len(spaced)), spaced)
+    begun = spaced.convert_tokens_to_ids("▁yes")
+    assert not lm.prior(stop=(" yes",), max_new_tokens=4).ends([begun])
+    assert lm.prior(stop=("yes",), max_new_tokens=4).ends([begun])
+
+
 def test_a_space_that_a_completion_begins_with_is_in_its_text(spaced, spaced_lm):
     yes, spaced_yes, no = (spaced.convert_tokens_to_ids(token) for token in ("yes", "▁yes", "▁no"))
     prior = spaced_lm.prior(max_new_tokens=4)

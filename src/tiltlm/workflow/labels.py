@@ -17,7 +17,7 @@ from tiltlm.errors import InputError
 from tiltlm.evidence.running import Isolated
 from tiltlm.evidence.running.calls import told
 from tiltlm.labels import Candidates, Question, Session
-from tiltlm.reward_models.model import RewardModel
+from tiltlm.reward_models.model import MODEL_FILE, RewardModel
 from tiltlm.seeds import generator
 from tiltlm.workflow.files import write_text
 from tiltlm.workflow.inputs import LOADERS, load_function, read_prompts
@@ -80,7 +80,7 @@ def members_of(
         InputError: if there is no such thing, or it does not do that.
     """
     prompts = [session.candidates.prompts[i] for i in session.candidates.prompt_index.tolist()]
-    if (Path(source) / "reward_model.json").is_file():
+    if (Path(source) / MODEL_FILE).is_file():
         if timeout is not None:
             raise InputError(f"members is the reward model {source!r}, which runs in this process; leave --timeout out")
         return _drawn_members(RewardModel.load(source), prompts, session, draws, progress)
